@@ -1,0 +1,1 @@
+"""Images into WebDataset tar shards, and samples out of them by number."""

@@ -1,0 +1,173 @@
+"""Samples by number: a memory-mapped index over the shards of one folder, and reads that verify every byte."""
+
+import hashlib
+import os
+import threading
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from shards.errors import UserError
+from shards.layout import BLOCK, INDEX_FILE, RECORD, Manifest, file_sha256, load_manifest, size_problem
+
+_OPEN_FILES = 512  # at once: half of the usual limit of a process
+
+
+class BadSample(Exception):
+    """A sample whose bytes are not those that were packed. The message is one line."""
+
+    def __init__(self, id: int, shard: str, key: str, offset: int, reason: str) -> None:
+        super().__init__(id, shard, key, offset, reason)
+        self.id = id
+        self.shard = shard  # file name
+        self.key = key
+        self.offset = offset  # bytes, of the payload in the tar
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"sample {self.id} ({self.shard}, key {self.key}, offset {self.offset}): {self.reason}"
+
+
+class _File:
+    """A descriptor that is closed when the last reader has let go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+
+class ShardIndex:
+    """The samples of a finished shard folder by number, from 0. Safe in threads; a pickle opens the folder anew.
+
+    Raises UserError for a missing or unfinished folder, a newer format, and an index or shards that are not the
+    manifest's.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.manifest = load_manifest(self.folder)
+        self.records: np.ndarray = open_records(self.folder, self.manifest)  # [samples] of RECORD
+        problem = next(filter(None, (size_problem(self.folder, shard) for shard in self.manifest.shards)), None)
+        if problem:
+            raise UserError(f"{problem}; 'make-shards check {folder}' says more; pack again")
+        self.heights: np.ndarray = self.records["height"]  # [samples], pixels as stored
+        self.widths: np.ndarray = self.records["width"]  # [samples], pixels
+        self.labels: np.ndarray = self.records["label"]  # [samples], places in classes; -1: unlabelled
+        self.classes: tuple[str, ...] = self.manifest.classes
+        self.fingerprint: str = _fingerprint(self.manifest)
+        self._files: OrderedDict[int, _File] = OrderedDict()  # by shard, the least recently used first
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __reduce__(self) -> tuple[type["ShardIndex"], tuple[Path]]:
+        return type(self), (self.folder,)
+
+    def __enter__(self) -> "ShardIndex":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the shard files. A later read opens them again."""
+        with self._lock:
+            self._files.clear()
+
+    def read(self, ids: Iterable[int]) -> list[bytes]:
+        """The compressed pictures of `ids`, in that order. Raises BadSample for the first whose bytes are not right."""
+        return [self._read(int(id)) for id in ids]
+
+    def key(self, id: int) -> str:
+        """The tar key of a sample, from the header before its payload. Raises BadSample where that is unreadable."""
+        record = self._record(id)
+        try:
+            header = self._bytes(record, int(record["offset"]) - BLOCK, BLOCK)
+            key = header[:100].split(b"\0", 1)[0].decode("ascii").partition(".")[0]
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._bad(id, "?", f"header unreadable ({error})") from error
+        if not key:
+            raise self._bad(id, "?", "header unreadable (no name in it)")
+        return key
+
+    def describe(self, id: int) -> str:
+        """Where a sample lies, for people: ``train-000003.tar, key 000001234-name, offset 5120``."""
+        record = self._record(id)
+        return f"{self._shard(record)}, key {self._key_or_mark(id)}, offset {record['offset']}"
+
+    def _record(self, id: int) -> np.void:
+        if not 0 <= id < len(self.records):
+            raise IndexError(f"sample {id} of {len(self.records)}")
+        record: np.void = self.records[id]
+        return record
+
+    def _shard(self, record: np.void) -> str:
+        return self.manifest.shards[int(record["shard"])].file
+
+    def _read(self, id: int) -> bytes:
+        record = self._record(id)
+        size = int(record["size"])
+        try:
+            data = self._bytes(record, int(record["offset"]), size)
+        except OSError as error:
+            raise self._bad(id, self._key_or_mark(id), f"unreadable ({error.strerror})") from error
+        if len(data) != size:
+            raise self._bad(id, self._key_or_mark(id), f"the file ends after {len(data)} of {size} bytes")
+        if zlib.crc32(data) != record["crc32"]:
+            raise self._bad(id, self._key_or_mark(id), "crc32 differs from the index: the bytes are damaged")
+        return data
+
+    def _bytes(self, record: np.void, offset: int, size: int) -> bytes:
+        file = self._file(int(record["shard"]))
+        return os.pread(file.descriptor, size, offset)
+
+    def _file(self, shard: int) -> _File:
+        with self._lock:
+            file = self._files.pop(shard, None) or _File(self.folder / self.manifest.shards[shard].file)
+            self._files[shard] = file
+            if len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+            return file
+
+    def _bad(self, id: int, key: str, reason: str) -> BadSample:
+        record = self._record(id)
+        return BadSample(id, self._shard(record), key, int(record["offset"]), reason)
+
+    def _key_or_mark(self, id: int) -> str:
+        try:
+            return self.key(id)
+        except BadSample:
+            return "?"
+
+
+def open_records(folder: Path, manifest: Manifest) -> np.ndarray:
+    """The memory-mapped index, [samples] of RECORD. Raises UserError where it is not the one the manifest describes."""
+    path = folder / INDEX_FILE
+    mend = f"pack again, or put the {INDEX_FILE} back that belongs to this manifest"
+    try:
+        if file_sha256(path) != manifest.index_sha256:
+            raise UserError(f"{path} is stale or foreign: its sha256 is not the manifest's; {mend}")
+        records: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}; {mend}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is no index ({error}); {mend}") from error
+    if records.dtype != RECORD or records.shape != (manifest.samples,):
+        raise UserError(f"{path} is stale or foreign: not {manifest.samples} records of this format; {mend}")
+    return records.view(np.ndarray)  # a record of a memmap object itself takes ten times as long to fetch
+
+
+def _fingerprint(manifest: Manifest) -> str:
+    """Identifies the data, wherever the folder lies: what was planned, what the index says, what the shards hold."""
+    parts = [manifest.fingerprint, manifest.index_sha256, *(shard.sha256 for shard in manifest.shards)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -1,0 +1,165 @@
+"""Every decision about the format of a shard folder: names, tar members, the index record, the manifest.
+
+A folder of shards holds ``NAME-000000.tar`` …, ``index.npy`` (one `RECORD` a sample, in the order of the shards) and
+``manifest.json``, which is written last: a folder without it is unfinished.
+"""
+
+import dataclasses
+import hashlib
+import json
+import re
+import tarfile
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from shards.errors import UserError
+
+FORMAT_VERSION = 1
+INDEX_FILE = "index.npy"
+MANIFEST_FILE = "manifest.json"
+BLOCK = 512  # bytes: tar headers and payloads start on multiples of it
+TAR_END = bytes(2 * BLOCK)
+UNLABELLED = -1
+MAX_SHARDS = 1_000_000  # six digits in the file name
+MAX_PICTURE_BYTES = 1 << 30  # one pread delivers it whole, and no photograph comes near
+
+RECORD = np.dtype(
+    [
+        ("shard", "<u4"),  # place in the manifest's list of shards
+        ("offset", "<u8"),  # bytes, of the picture's payload in the tar
+        ("size", "<u4"),  # bytes
+        ("height", "<u4"),  # pixels as stored: EXIF orientation is not applied
+        ("width", "<u4"),
+        ("label", "<i4"),  # place in the manifest's classes; -1: unlabelled
+        ("crc32", "<u4"),  # zlib.crc32 of the payload
+    ]
+)
+
+# What Pillow calls the formats that shards hold → the extension in the tar. MPO is a JPEG with further pictures behind.
+EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+def shard_name(name: str, number: int) -> str:
+    """``train-000003.tar`` for name "train" and shard number 3."""
+    return f"{name}-{number:06d}.tar"
+
+
+def sample_key(number: int, path: str) -> str:
+    """The tar key of the source at place `number` of the sorted sources: ASCII, without dots, at most 70 characters.
+
+    Readers of WebDataset cut a member's name at its first dot, and USTAR has 100 bytes for it.
+    """
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", PurePosixPath(path).stem)
+    return f"{number:09d}-{stem[:60]}"
+
+
+def padding(size: int) -> bytes:
+    """The zeros that follow a payload of `size` bytes in a tar."""
+    return bytes(-size % BLOCK)
+
+
+def member_bytes(size: int) -> int:
+    """Bytes that a member with a payload of `size` bytes takes in a tar, header and padding included."""
+    return BLOCK + size + -size % BLOCK
+
+
+def tar_header(name: str, size: int) -> bytes:
+    """A USTAR header, 512 bytes: mode 0644, owner 0, mtime the integer 0 (anything else would need PAX headers)."""
+    member = tarfile.TarInfo(name)
+    member.size = size
+    return member.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+
+
+def file_sha256(path: Path, tick: Callable[[], None] = lambda: None) -> str:
+    """The sha256 of a file in hexadecimal, read by the MiB with `tick` called between. Raises OSError."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+            tick()
+    return digest.hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One tar: its file name, how many samples it holds, its length in bytes, its sha256 in hexadecimal."""
+
+    file: str
+    samples: int
+    bytes: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A source that was left out: its path relative to the source folder, and why."""
+
+    source: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What ``manifest.json`` says. It holds nothing of the machine, the clock or the number of workers."""
+
+    name: str
+    fingerprint: str  # of the plan: the sources' names, sizes and labels, and the options
+    samples: int
+    classes: tuple[str, ...]  # empty where unlabelled
+    options: dict[str, Any]
+    shards: tuple[Shard, ...]
+    index_sha256: str
+    ignored: int  # files in the source folder that are no pictures by their names
+    rejected: tuple[Rejected, ...]
+    format_version: int = FORMAT_VERSION
+
+    def to_json(self) -> str:
+        """The text of ``manifest.json``."""
+        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Manifest":
+        """Read what `to_json` wrote. Raises ValueError for a newer format version or anything else."""
+        fields = json.loads(text)
+        if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
+            raise ValueError("no make-shards manifest")
+        if fields["format_version"] > FORMAT_VERSION:
+            raise ValueError(f"format version {fields['format_version']}, newer than this program's {FORMAT_VERSION}")
+        try:
+            fields["classes"] = tuple(fields["classes"])
+            fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+            fields["rejected"] = tuple(Rejected(**entry) for entry in fields["rejected"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"no make-shards manifest ({error})") from error
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """The manifest of a finished folder. Raises UserError where folder or manifest is missing or unreadable."""
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; make it with 'make-shards pack SRC {folder}'")
+    try:
+        return Manifest.from_json(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: no {MANIFEST_FILE}, so no finished shards; run the same 'make-shards pack' again to finish it"
+        ) from None
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; make it readable") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}; pack again, or update dino_fast where it is newer") from error
+
+
+def size_problem(folder: Path, shard: Shard) -> str | None:
+    """What is wrong with the length of a shard's file, in one line, or None."""
+    try:
+        actual = (folder / shard.file).stat().st_size
+    except OSError as error:
+        return f"{folder / shard.file}: {error.strerror}"
+    if actual != shard.bytes:
+        return f"{folder / shard.file}: {actual} bytes where the manifest says {shard.bytes}"
+    return None
