@@ -1,0 +1,213 @@
+"""From a shard index to training batches: read, decode, crop, augment, ahead of the step.
+
+Two threads work ahead: one reads bytes and computes windows, the other decodes, crops and augments. A batch depends
+on (index, recipes, seed, step, rank) alone, whichever decoder makes it and wherever a run starts.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor
+
+from pipelines.crops import CropRecipe, windows
+from pipelines.decode_torch import TorchDecoder
+from pipelines.order import Order
+from pipelines.photometric import PhotometricRecipe, augment, draw_colours
+from pipelines.prefetch import Prefetcher
+from pipelines.request import Decoder, Request, Undecodable
+from shards.errors import UserError
+from shards.index import BadSample, ShardIndex
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """Where the pictures are and how they are read."""
+
+    train: str = "data/train"
+    """folder that make-shards wrote"""
+    decode: Literal["dali", "torch"] = "dali"
+    """library that decodes and crops"""
+    decode_device: Literal["auto", "gpu", "cpu"] = "auto"
+    """where DALI decodes and crops; auto: the GPU where there is one"""
+    threads: Annotated[int, Ge(0), Le(512)] = 0
+    """CPU threads that decode, for each rank; 0: the machine's cores over its ranks"""
+    prefetch: Annotated[int, Ge(1), Le(64)] = 2
+    """batches made ahead of the step"""
+    max_bad_samples: Annotated[int, Ge(0)] = 100
+    """unreadable samples that each rank replaces before it stops the run"""
+
+
+@dataclass
+class Batch:
+    """One rank's share of a step. Views are stacked view by view: all pictures' view 0, then view 1, and so on."""
+
+    step: int
+    ids: npt.NDArray[np.int64]  # [B]
+    globals: Tensor  # [2·B, 3, G, G], normalised, channels-last
+    locals: Tensor | None  # [n·B, 3, L, L]; None where the recipe has no local views
+    ready: torch.cuda.Event | None = None  # recorded behind the batch on the stream that made it
+
+
+class Loader:
+    """Batches of `batch // world` pictures a rank, in the asked dtype, on the device.
+
+    `bad` lists the reports of samples that had to be replaced; `stall` counts the seconds the step waited for data.
+    """
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        data: DataRecipe,
+        crops: CropRecipe,
+        colours: PhotometricRecipe,
+        *,
+        batch: int,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        if batch % world:
+            raise UserError(f"--batch_size {batch} is not a multiple of the {world} ranks: choose one that is")
+        if len(index) < batch:
+            raise UserError(f"--batch_size {batch} is larger than {index.folder} ({len(index)} samples): lower it")
+        self._index, self._data, self._crops, self._colours = index, data, crops, colours
+        self._seed, self._device, self._dtype = seed, device, dtype
+        self._rank, self._world, self._share = rank, world, batch // world
+        self.order = Order(len(index), batch, seed)
+        self.bad: dict[int, str] = {}
+        self.stall = 0.0
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """The batches of steps start … stop − 1. Each stays valid for as long as it is held."""
+        requests = Prefetcher((self._read(step) for step in range(start, stop)), self._data.prefetch, "reading shards")
+        with requests, Prefetcher(self._make(requests), self._data.prefetch, "making batches") as made:
+            for batch in made:
+                self.stall += made.waited
+                made.waited = 0.0
+                yield self._hand_over(batch)
+
+    # Reading: bytes and windows
+
+    def _read(self, step: int) -> Request:
+        ids = self.order.ids(step, self._rank, self._world)
+        attempts = np.zeros(len(ids), np.int64)
+        while True:
+            try:
+                samples = self._index.read(ids)
+                return Request(step, ids, samples, self._windows(step, ids))
+            except BadSample as bad:
+                place = int(np.flatnonzero(ids == bad.id)[0])
+                self._replace(step, ids, attempts, place, str(bad))
+
+    def _windows(self, step: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        epoch = self.order.epoch(step)
+        return windows(self._crops, self._seed, epoch, ids, self._index.heights[ids], self._index.widths[ids])
+
+    def _replace(
+        self, step: int, ids: npt.NDArray[np.int64], attempts: npt.NDArray[np.int64], place: int, report: str
+    ) -> None:
+        """Put a substitute at `place` of this rank's `ids`, and note why; UserError when there were too many."""
+        self.bad[int(ids[place])] = report
+        if len(self.bad) > self._data.max_bad_samples:
+            raise UserError(
+                f"{len(self.bad)} bad samples in {self._index.folder}, more than --data.max_bad_samples; the last: "
+                f"{report}. Run `make-shards check {self._index.folder}`"
+            )
+        attempts[place] += 1
+        ids[place] = self.order.substitute(step, self._rank * self._share + place, int(attempts[place]))
+
+    # Making: crops and colours
+
+    def _make(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
+            with torch.cuda.stream(torch.cuda.Stream(self._device)):
+                yield from self._made(requests)
+        else:
+            yield from self._made(requests)
+
+    def _made(self, requests: Iterator[Request]) -> Iterator[Batch]:
+        decoder = self._decoder()
+        for request, crops in decoder.stream(requests):
+            if isinstance(crops, Undecodable):
+                crops = self._mended(decoder, request, crops)
+            yield self._augmented(request, crops)
+
+    def _decoder(self) -> Decoder:
+        threads = self._data.threads or default_threads()
+        if self._data.decode == "torch":
+            return TorchDecoder(self._crops, threads)
+        try:
+            from pipelines.decode_dali import DaliDecoder
+        except ImportError as error:
+            raise UserError(
+                f"DALI does not import ({error}): pip install 'dino-fast[dali]', or pass --data.decode torch"
+            ) from error
+        on_gpu = self._device.type == "cuda" and self._data.decode_device != "cpu"
+        return DaliDecoder(
+            self._crops, self._share, self._device if on_gpu else torch.device("cpu"), threads, self._data.prefetch
+        )
+
+    def _mended(self, decoder: Decoder, request: Request, error: Undecodable) -> list[Tensor]:
+        """The crops of a request with an undecodable picture: each picture alone, and a substitute for the bad ones."""
+        attempts = np.zeros(len(request.ids), np.int64)
+        pictures = [self._mended_one(decoder, request, attempts, place) for place in range(len(request.ids))]
+        if not attempts.any():
+            raise error  # every picture decodes alone: it was not a picture's fault
+        return [torch.stack(views) for views in zip(*pictures, strict=True)]
+
+    def _mended_one(
+        self, decoder: Decoder, request: Request, attempts: npt.NDArray[np.int64], place: int
+    ) -> list[Tensor]:
+        while True:
+            sample, at = request.ids[place : place + 1], request.windows[:, place : place + 1]
+            try:
+                return decoder.one(self._index.read(sample)[0], at)
+            except (Undecodable, BadSample) as error:
+                report = f"{self._index.describe(int(sample[0]))}: {error}"
+                self._replace(request.step, request.ids, attempts, place, report)
+                request.windows[:, place : place + 1] = self._windows(request.step, request.ids[place : place + 1])
+
+    def _augmented(self, request: Request, crops: list[Tensor]) -> Batch:
+        colours = draw_colours(
+            self._colours, self._seed, self.order.epoch(request.step), request.ids, self._crops.views
+        )
+        batch = len(request.ids)
+        views = [self._empty(2 * batch, self._crops.global_size), self._empty(self._crops.locals * batch, self._crops.local_size)]
+        targets = [*views[0].split(batch), *(views[1].split(batch) if self._crops.locals else ())]
+        for number, (view, target) in enumerate(zip(crops, targets, strict=True)):
+            augment(view.to(self._device, non_blocking=True), colours[number], target)
+        ready = None
+        if self._device.type == "cuda":
+            ready = torch.cuda.Event()
+            ready.record()
+        return Batch(request.step, request.ids, views[0], views[1] if self._crops.locals else None, ready)
+
+    def _empty(self, pictures: int, side: int) -> Tensor:
+        return torch.empty(
+            pictures, 3, side, side, dtype=self._dtype, device=self._device, memory_format=torch.channels_last
+        )
+
+    def _hand_over(self, batch: Batch) -> Batch:
+        """Let the step's stream wait for the batch, not the host; and keep its memory until that stream is done."""
+        if batch.ready is not None:
+            stream = torch.cuda.current_stream(self._device)
+            stream.wait_event(batch.ready)
+            for views in (batch.globals, batch.locals):
+                if views is not None:
+                    views.record_stream(stream)
+        return batch
+
+
+def default_threads() -> int:
+    """The cores that this process may use, shared with the other ranks of its machine."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))

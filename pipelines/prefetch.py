@@ -1,0 +1,82 @@
+"""Run an iterator in a thread of its own, a bounded number of items ahead."""
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+_POLL = 0.1  # seconds between looks at whether the other side is still there
+
+
+class _End(Exception):
+    """The iterator is exhausted."""
+
+
+class Prefetcher(Generic[Item], Iterator[Item]):
+    """Iterates over `items`, taken by a thread into a queue of `depth`.
+
+    What the thread raises is raised here, in its place. A wait of more than `limit` seconds is a TimeoutError that
+    names what was waited for. `close()` (or the end of a `with`) stops the thread, which drops what it holds.
+    `waited` counts the seconds that the taker stood at an empty queue.
+    """
+
+    def __init__(self, items: Iterator[Item], depth: int, name: str, limit: float = 600.0) -> None:
+        self.waited = 0.0
+        self._name, self._limit = name, limit
+        self._queue: queue.Queue[Item | Exception] = queue.Queue(depth)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self, items: Iterator[Item]) -> None:
+        try:
+            for item in items:
+                if not self._put(item):
+                    break
+            self._put(_End())
+        except Exception as error:
+            self._put(error)
+        finally:
+            if hasattr(items, "close"):
+                items.close()
+
+    def _put(self, item: Item | Exception) -> bool:
+        while not self._stop.is_set():
+            with contextlib.suppress(queue.Full):
+                self._queue.put(item, timeout=_POLL)
+                return True
+        return False
+
+    def __next__(self) -> Item:
+        start = time.monotonic()
+        item = self._get(start + self._limit)
+        self.waited += time.monotonic() - start
+        if isinstance(item, Exception):
+            self._queue.put_nowait(item)  # asked again, it answers the same
+            if isinstance(item, _End):
+                raise StopIteration
+            raise item
+        return item
+
+    def _get(self, deadline: float) -> Item | Exception:
+        while True:
+            with contextlib.suppress(queue.Empty):
+                return self._queue.get(timeout=_POLL)
+            if self._stop.is_set():
+                return _End()
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{self._name}: nothing came for {self._limit:.0f} s; is the storage stuck?")
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=30)
+
+    def __enter__(self) -> "Prefetcher[Item]":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,177 @@
+"""Batches as pure functions of (index, recipe, seed, step, rank), and what happens to bad samples."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipelines.crops import CropRecipe
+from pipelines.loader import Batch, DataRecipe, Loader
+from pipelines.photometric import PhotometricRecipe
+from shards.errors import UserError
+from shards.index import ShardIndex
+
+CROPS = CropRecipe(global_size=48, local_size=32, locals=2)
+
+
+def load(index: ShardIndex, start: int, stop: int, **changes) -> list[Batch]:
+    return list(build(index, **changes).batches(start, stop))
+
+
+def build(
+    index: ShardIndex, *, batch: int = 8, seed: int = 0, dtype: torch.dtype = torch.float32, rank: int = 0,
+    world: int = 1, crops: CropRecipe = CROPS, **data,
+) -> Loader:  # fmt: skip
+    return Loader(
+        index, DataRecipe(threads=2, **data), crops, PhotometricRecipe(), batch=batch, seed=seed,
+        device=torch.device("cpu"), dtype=dtype, rank=rank, world=world,
+    )  # fmt: skip
+
+
+def same(one: Batch, other: Batch) -> bool:
+    return (
+        one.step == other.step
+        and np.array_equal(one.ids, other.ids)
+        and torch.equal(one.globals, other.globals)
+        and torch.equal(one.locals, other.locals)
+    )
+
+
+@pytest.mark.parametrize("decode", ["dali", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_batches_have_their_shape_layout_and_dtype(index: ShardIndex, decode: str, dtype: torch.dtype):
+    for number, batch in enumerate(load(index, 3, 6, decode=decode, dtype=dtype)):
+        assert batch.step == 3 + number
+        assert batch.ids.shape == (8,)
+        assert batch.globals.shape == (16, 3, 48, 48)
+        assert batch.locals.shape == (16, 3, 32, 32)
+        for views in (batch.globals, batch.locals):
+            assert views.dtype == dtype
+            assert views.is_contiguous(memory_format=torch.channels_last)
+            assert views.isfinite().all()
+            assert 0.3 < views.float().std() < 3
+
+
+@pytest.mark.parametrize("decode", ["dali", "torch"])
+def test_a_run_resumed_at_any_step_sees_the_same_batches(index: ShardIndex, decode: str):
+    whole = load(index, 0, 12, decode=decode)  # over two epochs' ends
+    for start in (1, 5, 9):
+        part = load(index, start, 12, decode=decode, prefetch=start)
+        assert all(same(one, other) for one, other in zip(whole[start:], part, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_union_of_the_ranks_is_the_global_batch(index: ShardIndex, world: int):
+    whole = load(index, 4, 7)
+    shares = [load(index, 4, 7, rank=rank, world=world) for rank in range(world)]
+    for number, batch in enumerate(whole):
+        parts = [share[number] for share in shares]
+        assert np.array_equal(np.concatenate([part.ids for part in parts]), batch.ids)
+        assert len(set(batch.ids.tolist())) == 8
+        by_view = [part.globals.unflatten(0, (2, -1)) for part in parts]
+        assert torch.equal(torch.cat(by_view, 1).flatten(0, 1), batch.globals)
+        by_view = [part.locals.unflatten(0, (2, -1)) for part in parts]
+        assert torch.equal(torch.cat(by_view, 1).flatten(0, 1), batch.locals)
+
+
+def test_views_epochs_and_seeds_differ(index: ShardIndex):
+    [first], [again], [other_seed] = load(index, 0, 1), load(index, 5, 6), load(index, 0, 1, seed=1)
+    views = [*first.globals.split(8), *again.globals.split(8), *other_seed.globals.split(8)]
+    flat = torch.cat(views).flatten(1)
+    assert len(torch.unique(flat, dim=0)) == len(flat)
+
+
+def test_dali_and_torch_differ_by_less_than_a_level(index: ShardIndex):
+    plain = PhotometricRecipe(jitter=0, grey=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0)
+    batches = []
+    for decode in ("dali", "torch"):
+        data = DataRecipe(threads=2, decode=decode)
+        loader = Loader(index, data, CROPS, plain, batch=16, seed=0, device=torch.device("cpu"), dtype=torch.float32)
+        batches += list(loader.batches(0, 1))
+    level = 1 / (255 * 0.226)
+    assert (batches[0].globals - batches[1].globals).abs().mean() < 0.5 * level
+
+
+def test_no_local_views(index: ShardIndex):
+    [batch] = load(index, 0, 1, crops=CropRecipe(global_size=32, locals=0))
+    assert batch.locals is None
+    assert batch.globals.shape == (16, 3, 32, 32)
+
+
+def damaged_copy(shard_folder: Path, tmp_path: Path, ids: list[int], keep_crc: bool = False) -> Path:
+    """A copy whose samples `ids` are zeroed from their middle on: with a wrong crc, or (`keep_crc`) an updated one, as
+    if they had been packed so."""
+    import hashlib
+    import json
+    import zlib
+
+    folder = tmp_path / "damaged"
+    shutil.copytree(shard_folder, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    records = np.load(folder / "index.npy")
+    for number in ids:
+        record = records[number]
+        path = folder / manifest["shards"][record["shard"]]["file"]
+        data = bytearray(path.read_bytes())
+        begin, size = int(record["offset"]), int(record["size"])
+        data[begin : begin + size] = bytes(size)
+        path.write_bytes(data)
+        records[number]["crc32"] = zlib.crc32(bytes(size)) if keep_crc else record["crc32"]
+    np.save(folder / "index.npy", records)
+    manifest["index_sha256"] = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize("decode", ["dali", "torch"])
+@pytest.mark.parametrize("keep_crc", [False, True], ids=["bad-crc", "undecodable"])
+def test_bad_samples_are_replaced_by_rule_and_reported(
+    index: ShardIndex, shard_folder: Path, tmp_path: Path, decode: str, keep_crc: bool
+):
+    whole = load(index, 0, 5, decode=decode)
+    bad = [int(whole[1].ids[2]), int(whole[1].ids[5]), int(whole[3].ids[0])]
+    with ShardIndex(damaged_copy(shard_folder, tmp_path, bad, keep_crc)) as damaged:
+        loader = build(damaged, decode=decode)
+        found = list(loader.batches(0, 5))
+        again = load(damaged, 1, 2, decode=decode)
+    assert set(loader.bad) == set(bad)
+    for number in bad:
+        assert ".tar, key " in loader.bad[number]
+        assert "offset " in loader.bad[number]
+    assert same(found[1], again[0])
+    for one, other in zip(whole, found, strict=True):
+        replaced = np.isin(one.ids, bad)
+        assert np.array_equal(one.ids[~replaced], other.ids[~replaced])
+        assert not np.isin(other.ids, bad).any()
+        keep = torch.from_numpy(~replaced)
+        assert torch.equal(one.globals.unflatten(0, (2, 8))[:, keep], other.globals.unflatten(0, (2, 8))[:, keep])
+        assert other.globals.isfinite().all()
+    assert found[1].ids[2] == loader.order.substitute(1, 2, 1)
+
+
+def test_too_many_bad_samples_stop_the_run(shard_folder: Path, tmp_path: Path):
+    with ShardIndex(damaged_copy(shard_folder, tmp_path, list(range(20)))) as damaged:
+        loader = build(damaged, max_bad_samples=3)
+        with pytest.raises(UserError, match=r"more than --data.max_bad_samples; the last: .*make-shards check"):
+            list(loader.batches(0, 5))
+
+
+def test_wrong_batch_sizes_are_refused(index: ShardIndex):
+    with pytest.raises(UserError, match="not a multiple of the 3 ranks"):
+        build(index, batch=8, world=3)
+    with pytest.raises(UserError, match=r"larger than .* \(42 samples\)"):
+        build(index, batch=43)
+
+
+def test_a_loader_left_early_leaves_no_threads(index: ShardIndex):
+    import threading
+
+    before = threading.active_count()
+    batches = build(index, decode="torch").batches(0, 1000)
+    next(batches)
+    batches.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not [name for name in names if name in ("reading shards", "making batches")], names
+    assert threading.active_count() <= before + 2  # the decoder's idle pool goes with its last reference

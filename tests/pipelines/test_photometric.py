@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageFilter
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+
+from pipelines import photometric as ph
+
+
+def some_pictures(count: int, side: int, seed: int = 0) -> Tensor:
+    """Smooth colour fields with noise on them, and flat ones: uint8 [count, side, side, 3]."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:side, 0:side] / side
+    waves = [np.sin(rng.uniform(1, 9, (count, 1, 1, 3)) * axis[None, :, :, None] + rng.uniform(0, 6, (count, 1, 1, 3)))
+             for axis in (x, y)]  # fmt: skip
+    levels = 127 + 90 * (waves[0] + waves[1]) / 1.5 + rng.normal(0, 12, (count, side, side, 3))
+    pictures = torch.from_numpy(levels.clip(0, 255).astype(np.uint8))
+    for place, level in enumerate((0, 255, 77)[: count - 1]):
+        pictures[place] = level
+    return pictures
+
+
+def one_by_one(operation, pictures: Tensor, values) -> Tensor:
+    """torchvision, a picture at a time: uint8 [B, S, S, 3]."""
+    changed = [operation(p.permute(2, 0, 1), float(v)).permute(1, 2, 0) for p, v in zip(pictures, values, strict=True)]
+    return torch.stack(changed)
+
+
+def levels_apart(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
+    """The largest difference, and the share of values that differ at all."""
+    apart = (ours.int() - theirs.int()).abs()
+    return int(apart.max()), float((apart > 0).float().mean())
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "low", "high", "share"),
+    [
+        (ph.brightness, F.adjust_brightness, 0.0, 2.0, 0.0),
+        (ph.contrast, F.adjust_contrast, 0.0, 2.0, 1e-4),
+        (ph.saturation, F.adjust_saturation, 0.0, 2.0, 1e-3),
+        (ph.hue, F.adjust_hue, -0.5, 0.5, 1e-4),
+        (ph.gaussian_blur, lambda p, s: F.gaussian_blur(p, [15, 15], [s, s]), 0.1, 2.3, 1e-3),
+    ],
+)
+def test_each_operation_is_torchvisions(ours, theirs, low, high, share):
+    pictures = some_pictures(16, 48)
+    values = np.random.default_rng(1).uniform(low, high, 16)
+    largest, different = levels_apart(ours(pictures, values), one_by_one(theirs, pictures, values))
+    assert largest <= 1
+    assert different <= share
+
+
+def test_grey_and_solarize_are_torchvisions():
+    pictures = some_pictures(8, 40)
+    grey = one_by_one(lambda p, _: F.rgb_to_grayscale(p, 3), pictures, range(8))
+    solarized = one_by_one(lambda p, _: F.solarize(p, 128), pictures, range(8))
+    assert torch.equal(ph.grey(pictures), grey)
+    assert torch.equal(ph.solarize(pictures), solarized)
+
+
+def test_blur_is_near_pillows():
+    pictures = some_pictures(12, 64)
+    sigma = np.random.default_rng(2).uniform(0.1, 2.0, 12)
+    pillow = [
+        np.asarray(Image.fromarray(p.numpy()).filter(ImageFilter.GaussianBlur(float(s))), np.int32)
+        for p, s in zip(pictures, sigma, strict=True)
+    ]
+    assert np.abs(ph.gaussian_blur(pictures, sigma).numpy() - np.stack(pillow)).mean() < 1.0
+
+
+def torchvision_chain(picture: Tensor, colours: ph.Colours, place: int) -> Tensor:
+    """One picture [S, S, 3] through torchvision's own functions, in the parameters' order."""
+    p = picture.permute(2, 0, 1)
+    p = F.horizontal_flip(p) if colours.flip[place] else p
+    steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
+    for operation in colours.order[place] if colours.jitter[place] else ():
+        p = steps[operation](p, float(colours.factor[place, operation]))
+    p = F.rgb_to_grayscale(p, 3) if colours.grey[place] else p
+    sigma = float(colours.sigma[place])
+    p = F.gaussian_blur(p, [15, 15], [sigma, sigma]) if sigma > 0 else p
+    return (F.solarize(p, 128) if colours.solarize[place] else p).permute(1, 2, 0)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), view=st.integers(0, 3), side=st.sampled_from([16, 33, 48]))
+def test_a_whole_view_is_torchvisions_chain(seed, view, side):
+    pictures = some_pictures(12, side, seed % 1000)
+    before = pictures.clone()
+    colours = ph.draw_colours(ph.PhotometricRecipe(), seed, 0, np.arange(12), 4)[view]
+    ours = ph.apply_colours(pictures, colours)
+    assert torch.equal(pictures, before)
+    theirs = torch.stack([torchvision_chain(pictures[place], colours, place) for place in range(12)])
+    apart = (ours.int() - theirs.int()).abs()
+    # One level early in the chain can be amplified: by contrast and hue to a few levels, by the threshold of
+    # solarising to the whole range, in single pixels.
+    assert (apart > 1).float().mean() < 1e-3
+
+
+def test_augment_normalises_and_does_not_depend_on_the_batch(monkeypatch):
+    pictures = some_pictures(10, 32)
+    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(10), 3)[2]
+    whole = torch.empty(10, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    ph.augment(pictures, colours, whole)
+    expected = F.normalize(
+        ph.apply_colours(pictures, colours).permute(0, 3, 1, 2).double() / 255, list(ph.MEAN), list(ph.STD)
+    )
+    assert torch.allclose(whole.double(), expected, atol=1e-6)
+    monkeypatch.setattr(ph, "CHUNK_PIXELS", 3 * 32 * 32)
+    parts = torch.empty_like(whole)
+    ph.augment(pictures, colours, parts)
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_batches_are_the_rounded_ones(dtype, tolerance):
+    pictures = some_pictures(4, 16)
+    exact, half = torch.empty(4, 3, 16, 16), torch.empty(4, 3, 16, 16, dtype=dtype)
+    ph.normalise(pictures, exact)
+    ph.normalise(pictures, half)
+    assert ((half.float() - exact).abs() <= tolerance * exact.abs() + 1e-6).all()
+
+
+def test_parameters_follow_the_recipe():
+    count = 20000
+    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(count), 4)
+    near = 4 * 0.5 / np.sqrt(count)
+    assert abs(colours.flip.mean() - 0.5) < near
+    assert abs(colours.jitter.mean() - 0.8) < near
+    assert abs(colours.grey.mean() - 0.2) < near
+    assert np.abs((colours.sigma > 0).mean(1) - [1.0, 0.1, 0.5, 0.5]).max() < near
+    assert np.abs(colours.solarize.mean(1) - [0, 0.2, 0, 0]).max() < near
+    for operation, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
+        factor = np.sort(colours.factor[0, :, operation])
+        assert low <= factor[0] < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < factor[-1] <= high
+        assert np.abs((factor - low) / (high - low) - np.arange(count) / count).max() < 1.95 / np.sqrt(count)
+    sigma = np.sort(colours.sigma[0])
+    assert np.abs((sigma - 0.1) / 1.9 - np.arange(count) / count).max() < 1.95 / np.sqrt(count)
+    orders, counts = np.unique(colours.order[0], axis=0, return_counts=True)
+    assert len(orders) == 24
+    assert ((counts - count / 24) ** 2 / (count / 24)).sum() < 56  # chi-squared, 23 degrees of freedom: p = 1e-4
+
+
+def test_strengths_of_zero_leave_the_picture_alone():
+    recipe = ph.PhotometricRecipe(
+        flip=0, jitter=1, brightness=0, contrast=0, saturation=0, hue=0, grey=0, blur_global_1=0, blur_global_2=0,
+        blur_locals=0, solarize_global_2=0,
+    )  # fmt: skip
+    pictures = some_pictures(6, 24)
+    for view in range(3):
+        colours = ph.draw_colours(recipe, 0, 0, np.arange(6), 3)[view]
+        assert torch.equal(ph.apply_colours(pictures, colours), pictures)
