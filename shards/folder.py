@@ -6,7 +6,6 @@ when the manifest stands.
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
@@ -17,10 +16,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from shards.errors import UserError
+from shards.errors import UserError, mend_of
 from shards.layout import INDEX_FILE, MANIFEST_FILE, RECORD, Manifest, load_manifest, shard_name, size_problem
 
-LOCK_FILE = ".lock"
 PARTS = ".parts"
 _PLAN_FILE = "plan.json"
 
@@ -69,46 +67,6 @@ def load_part(out: Path, number: int) -> Part | None:
         return None
 
 
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Make `out` and hold it for this process; the kernel lets go when the process dies. Raises UserError."""
-    file = _lock(out)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            (out / LOCK_FILE).unlink()
-        os.close(file)
-
-
-def _lock(out: Path) -> int:
-    path = out / LOCK_FILE
-    while True:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise UserError(f"cannot write to {out}: {error.strerror}; {_mend(error)}") from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _names(path, file):
-                return file
-            os.close(file)  # its last holder unlinked it between our open and our lock
-        except BlockingIOError:
-            os.close(file)
-            raise UserError(f"{out}: another make-shards is packing into it; wait, or choose another OUT") from None
-        except OSError as error:
-            os.close(file)
-            raise UserError(f"{path}: {error.strerror}; choose an OUT on a file system with locks") from error
-
-
-def _names(path: Path, file: int) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file), os.stat(path))
-    except FileNotFoundError:
-        return False
-
-
 def finished_or_claimed(out: Path, fingerprint: str) -> Manifest | None:
     """The manifest where `out` already holds this very packing, whole; else None, and `out` is marked as its place.
 
@@ -154,7 +112,7 @@ def _claim(out: Path, plan: Path, fingerprint: str) -> None:
     try:
         plan.parent.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}; {_mend(error)}") from error
+        raise UserError(f"cannot write to {out}: {error.strerror}; {mend_of(error)}") from error
     with whole_file(out, plan) as file:
         file.write(json.dumps({"fingerprint": fingerprint}).encode())
 
@@ -180,7 +138,7 @@ def whole_file(out: Path, path: Path) -> Iterator[BinaryIO]:
                 temporary.unlink()
             raise
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; {_mend(error)}") from error
+        raise UserError(f"cannot write {path}: {error.strerror or error}; {mend_of(error)}") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -190,15 +148,6 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _mend(error: OSError) -> str:
-    """What the user can do about a refused write."""
-    if isinstance(error, PermissionError):
-        return "choose an OUT that you may write to"
-    if isinstance(error, FileExistsError | NotADirectoryError):
-        return "choose an OUT that is a folder or does not exist yet"
-    return "mend that (a full disk: free some space), then run the same command again; finished shards are kept"
 
 
 def remove_parts(out: Path) -> None:

@@ -35,6 +35,7 @@ from shards.layout import (
     shard_name,
     tar_header,
 )
+from shards.lock import locked
 from shards.picture import Picture, UndecodableError, decode
 from shards.sources import Listing, Source
 from shards.workers import Tick, run_tasks
@@ -138,7 +139,7 @@ def pack(
     out = Path(out)
     _refuse_overlap(Path(listing.root), out)
     planned = plan(listing, options)
-    with folder.locked(out):
+    with locked(out, "another make-shards is packing into it; wait, or choose another OUT"):
         manifest = folder.finished_or_claimed(out, planned.fingerprint)
         if manifest is not None:
             folder.remove_parts(out)  # a kill may have come between the manifest and this

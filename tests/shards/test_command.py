@@ -143,7 +143,7 @@ def test_no_permission(command: Command, tree: Path, tmp_path: Path, ordinary: l
     closed.mkdir(mode=0o555)
     for place in (closed, closed / "new"):
         line = complaint(command("pack", tree, place, through=ordinary))
-        assert f"cannot write to {place}: Permission denied; choose an OUT that you may write to" in line
+        assert f"cannot write to {place}: Permission denied; choose a folder that you may write to" in line
     for name in ("manifest.json", "index.npy", "train-000000.tar"):
         (out / name).chmod(0)
         run = command("check", out, through=ordinary)
@@ -155,7 +155,7 @@ def test_no_permission(command: Command, tree: Path, tmp_path: Path, ordinary: l
 
 def test_an_out_that_is_a_file(command: Command, tree: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "choose an OUT that is a folder" in complaint(command("pack", tree, tmp_path / "out"))
+    assert "choose a folder, or a name that does not exist yet" in complaint(command("pack", tree, tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
