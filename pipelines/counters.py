@@ -5,10 +5,12 @@ recomputed anywhere, in any order. The generator is Philox-4x32-10 (Salmon, Mora
 numbers: as easy as 1, 2, 3", SC 2011), vectorised in numpy.
 """
 
+from typing import TypeAlias
+
 import numpy as np
 import numpy.typing as npt
 
-Words = npt.NDArray[np.uint64]  # 32-bit words, kept in 64 bits so that products do not overflow
+Words: TypeAlias = npt.NDArray[np.uint64] | np.uint64  # 32-bit words, kept in 64 bits so that products do not overflow
 
 _MULTIPLIERS = (np.uint64(0xD2511F53), np.uint64(0xCD9E8D57))
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -36,6 +38,11 @@ def _multiply(multiplier: np.uint64, word: Words) -> tuple[Words, Words]:
     return product >> _SHIFT, product & _LOW
 
 
+def key_of(seed: int, stream: int) -> tuple[int, int]:
+    """The key of a stream (below 256) under a seed (below 2**56): two 32-bit words."""
+    return seed & 0xFFFFFFFF, (seed >> 32 << 8 | stream) & 0xFFFFFFFF
+
+
 def uniform(
     seed: int, stream: int, epoch: int, samples: npt.ArrayLike, views: npt.ArrayLike, draws: int
 ) -> npt.NDArray[np.float64]:
@@ -48,6 +55,6 @@ def uniform(
     blocks = np.arange(-(-draws // 4), dtype=np.uint64)
     sample, view = sample[..., None], view[..., None]
     counter = (sample & _LOW, sample >> _SHIFT, np.uint64(epoch) & _LOW, (view << np.uint64(16)) | blocks)
-    words = np.stack(np.broadcast_arrays(*philox(counter, (seed & 0xFFFFFFFF, (seed >> 32 << 8 | stream) & 0xFFFFFFFF))), -1)
+    words = np.stack(np.broadcast_arrays(*philox(counter, key_of(seed, stream))), -1)
     words = words.reshape(*sample.shape[:-1], -1)[..., :draws]
     return (words.astype(np.float64) + 0.5) * 2.0**-32

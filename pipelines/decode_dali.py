@@ -10,6 +10,7 @@ import torch
 from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from pipelines.crops import CropRecipe, Windows
 from pipelines.decode_torch import decode_and_crop
@@ -17,7 +18,7 @@ from pipelines.request import Request, Undecodable
 
 TINY = 16  # pixels
 
-Input = tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.float32]]  # B encoded pictures; corners [B, views, 4]
+Input = tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.int32]]  # B encoded pictures; corners [B, views, 4]
 
 
 def build_pipeline(
@@ -65,7 +66,7 @@ def encode_input(samples: list[bytes], windows: Windows) -> Input:
 
 def tiny(windows: Windows) -> npt.NDArray[np.bool_]:
     """Which pictures [B] have a window under TINY pixels high or wide, from windows [views, B, 4]."""
-    return (windows[..., 2:] < TINY).any((0, 2))
+    return np.asarray((windows[..., 2:] < TINY).any((0, 2)))
 
 
 class DaliDecoder:
@@ -113,7 +114,9 @@ class DaliDecoder:
         crops = [view.clone() for view in crops]
         try:
             for place in places.tolist():
-                for view, picture in zip(crops, self.one(request.samples[place], request.windows[:, [place]]), strict=True):
+                for view, picture in zip(
+                    crops, self.one(request.samples[place], request.windows[:, [place]]), strict=True
+                ):
                     view[place] = picture
         except Undecodable as error:
             return error
@@ -136,7 +139,7 @@ class DaliDecoder:
             outputs = pipeline.run(stream)
         except RuntimeError as error:
             raise Undecodable(_reason(error)) from error
-        return [torch.from_dlpack(output.as_tensor()) for output in outputs]
+        return [from_dlpack(output.as_tensor()) for output in outputs]
 
 
 def _reason(error: RuntimeError) -> str:

@@ -50,8 +50,9 @@ def decode_and_crop(sample: bytes, windows: Windows, sizes: tuple[int, ...]) -> 
     """The crops of one picture, uint8 [S, S, 3] a view, from its windows [views, 1, 4]; Undecodable."""
     picture = decode(sample)
     places = zip(windows[:, 0].tolist(), sizes, strict=True)
-    return [crop(picture, (top, left, height, width), size).permute(1, 2, 0)
-            for (top, left, height, width), size in places]
+    return [
+        crop(picture, (top, left, height, width), size).permute(1, 2, 0) for (top, left, height, width), size in places
+    ]
 
 
 class TorchDecoder:

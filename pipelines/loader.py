@@ -181,15 +181,16 @@ class Loader:
             self._colours, self._seed, self.order.epoch(request.step), request.ids, self._crops.views
         )
         batch = len(request.ids)
-        views = [self._empty(2 * batch, self._crops.global_size), self._empty(self._crops.locals * batch, self._crops.local_size)]
-        targets = [*views[0].split(batch), *(views[1].split(batch) if self._crops.locals else ())]
+        globals_ = self._empty(2 * batch, self._crops.global_size)
+        locals_ = self._empty(self._crops.locals * batch, self._crops.local_size) if self._crops.locals else None
+        targets = [*globals_.split(batch), *(() if locals_ is None else locals_.split(batch))]
         for number, (view, target) in enumerate(zip(crops, targets, strict=True)):
             augment(view.to(self._device, non_blocking=True), colours[number], target)
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
-        return Batch(request.step, request.ids, views[0], views[1] if self._crops.locals else None, ready)
+        return Batch(request.step, request.ids, globals_, locals_, ready)
 
     def _empty(self, pictures: int, side: int) -> Tensor:
         return torch.empty(

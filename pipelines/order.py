@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.counters import ORDER, philox
+from pipelines.counters import ORDER, key_of, philox
 
 Ids = npt.NDArray[np.int64]
 
@@ -34,7 +34,7 @@ def permute(positions: npt.ArrayLike, size: int, seed: int, epoch: int) -> Ids:
 def _feistel(values: npt.NDArray[np.uint64], half: int, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = values >> shift, values & mask
-    key = (seed & 0xFFFFFFFF, (seed >> 32 << 8 | ORDER) & 0xFFFFFFFF)
+    key = key_of(seed, ORDER)
     zero = np.zeros_like(right)
     for number in range(_ROUNDS):
         word = philox((right, zero + np.uint64(epoch), zero + np.uint64(number), zero), key)[0]

@@ -127,9 +127,7 @@ def apply_colours(pictures: Tensor, colours: Colours) -> Tensor:
     return pictures
 
 
-def _change(
-    pictures: Tensor, chosen: npt.NDArray[np.bool_], operation: Operation, parameter: npt.NDArray[Any]
-) -> None:
+def _change(pictures: Tensor, chosen: npt.NDArray[np.bool_], operation: Operation, parameter: npt.NDArray[Any]) -> None:
     """Replace the `chosen` [B] pictures by operation(pictures, parameters)."""
     places = np.flatnonzero(chosen)
     if len(places):
@@ -215,7 +213,7 @@ _JITTER = {BRIGHTNESS: brightness, CONTRAST: contrast, SATURATION: saturation, H
 
 
 def normalise(pictures: Tensor, out: Tensor) -> None:
-    """Write uint8 [B, S, S, 3] into `out` [B, 3, S, S], channels-last, any floating dtype: (level / 255 − mean) / std."""
+    """Write (level / 255 − mean) / std of uint8 [B, S, S, 3] into `out` [B, 3, S, S], channels-last, any float."""
     scale = torch.tensor([1 / (255 * std) for std in STD], device=pictures.device)
     shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)], device=pictures.device)
     out.permute(0, 2, 3, 1).copy_((pictures * scale).add_(shift))

@@ -41,7 +41,14 @@ def test_a_sample_draws_the_same_alone_and_in_a_batch(seed, epoch, samples, view
 
 def test_every_part_of_the_counter_changes_the_draw():
     base = {"seed": 1, "stream": WINDOWS, "epoch": 2, "samples": 3, "views": 4, "draws": 8}
-    others = [{"seed": 2}, {"seed": 1 + 2**40}, {"stream": COLOURS}, {"epoch": 3}, {"samples": 4}, {"samples": 3 + 2**33}]
+    others = [
+        {"seed": 2},
+        {"seed": 1 + 2**40},
+        {"stream": COLOURS},
+        {"epoch": 3},
+        {"samples": 4},
+        {"samples": 3 + 2**33},
+    ]
     others.append({"views": 5})
     draws = [uniform(**base)] + [uniform(**{**base, **other}) for other in others]
     assert len({tuple(draw) for draw in draws}) == len(draws)
