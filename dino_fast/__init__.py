@@ -1,0 +1,1 @@
+"""DINO self-supervised training of image backbones: the model, the step and the run."""

@@ -1,0 +1,32 @@
+"""The backbones: torchvision's ResNets without their classifier."""
+
+import difflib
+
+from torch import nn
+from torchvision import models
+
+from shards.errors import UserError
+
+_RESNETS = {
+    "resnet18": models.resnet18,
+    "resnet34": models.resnet34,
+    "resnet50": models.resnet50,
+    "resnet101": models.resnet101,
+}
+BACKBONES = tuple(_RESNETS)
+
+
+def build_backbone(name: str) -> tuple[nn.Module, int]:
+    """A freshly initialised backbone, [N, 3, H, W] → [N, D], and its D.
+
+    The last batch norm of a residual block starts at 1 (torchvision's default), as published. Weights are drawn from
+    torch's global generator. Raises UserError for a name that is not in `BACKBONES`.
+    """
+    if name not in _RESNETS:
+        near = difflib.get_close_matches(name, BACKBONES, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown backbone {name!r}: {hint}the choices are {', '.join(BACKBONES)}")
+    backbone = _RESNETS[name](weights=None)
+    features = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone, features

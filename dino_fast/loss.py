@@ -1,0 +1,78 @@
+"""The DINO loss and the centre of the teacher's outputs (`DINOLoss` in facebookresearch/dino `main_dino.py`)."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+from annotated_types import Ge, Gt, Le
+from torch import Tensor
+
+from dino_fast.sync_batchnorm import world_size
+
+
+@dataclass(frozen=True)
+class LossRecipe:
+    """Temperatures and centring: what keeps the teacher sharp, and what keeps it from collapsing."""
+
+    student_temp: Annotated[float, Gt(0)] = 0.1
+    """temperature of the student's softmax"""
+    teacher_temp: Annotated[float, Gt(0)] = 0.04
+    """temperature of the teacher's softmax after its warm-up"""
+    warmup_teacher_temp: Annotated[float, Gt(0)] = 0.04
+    """temperature of the teacher's softmax in the first epoch"""
+    warmup_teacher_temp_epochs: Annotated[int, Ge(0)] = 0
+    """epochs over which the teacher's temperature goes from the one to the other"""
+    center_momentum: Annotated[float, Ge(0), Le(1)] = 0.9
+    """share of the centre that one step keeps"""
+
+
+def dino_loss(
+    student_logits: Tensor, teacher_logits: Tensor, center: Tensor, student_temp: float, teacher_temp: float, views: int
+) -> Tensor:
+    """The mean, over the 2V − 2 pairs of a teacher view and a different student view, of their cross-entropy.
+
+    Caron et al. 2021, eq. 3 and algorithm 1. The pairs that share a student view share its log-softmax, so there are
+    V of them and not 2V − 2.
+
+    student_logits: [V·B, K], view-major, the two global views first; teacher_logits: [2·B, K]; center: [1, K], the
+    one from before this step. Computed in float32, or float64 for float64 logits. Gradients flow to the student only.
+    Raises ValueError if the rows do not divide into the views.
+    """
+    rows, prototypes = student_logits.shape
+    if views < 2 or rows % views or teacher_logits.shape != (2 * rows // views, prototypes):
+        raise ValueError(
+            f"{views} views do not fit student logits of {tuple(student_logits.shape)} "
+            f"and teacher logits of {tuple(teacher_logits.shape)}"
+        )
+    batch = rows // views
+    targets = _teacher_log_probabilities(teacher_logits, center, teacher_temp).exp().view(2, batch, prototypes)
+    log_p = torch.log_softmax(_wide(student_logits) / student_temp, dim=-1).view(views, batch, prototypes)
+    agreement = (targets.flip(0) * log_p[:2]).sum() + (targets.sum(0) * log_p[2:]).sum()
+    return -agreement / (batch * (2 * views - 2))
+
+
+@torch.no_grad()
+def teacher_entropy(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+    """Mean entropy, in nats, of the teacher's targets: a scalar on their device. 0 and ln K are the two collapses."""
+    log_q = _teacher_log_probabilities(teacher_logits, center, teacher_temp)
+    return -(log_q.exp() * log_q).sum(dim=-1).mean()
+
+
+@torch.no_grad()
+def update_center(center: Tensor, teacher_logits: Tensor, momentum: float) -> None:
+    """Move `center` [1, K] in place towards the mean of the teacher logits [N, K] of all ranks (N equal on each)."""
+    mean = _wide(teacher_logits).mean(dim=0, keepdim=True)
+    if world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= world_size()
+    center.mul_(momentum).add_(mean, alpha=1 - momentum)
+
+
+@torch.no_grad()
+def _teacher_log_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+    return torch.log_softmax((_wide(teacher_logits) - center) / teacher_temp, dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

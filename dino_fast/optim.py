@@ -1,0 +1,146 @@
+"""Optimizers, gradient clipping and the teacher's moving average, with the published code's semantics.
+
+facebookresearch/dino `utils.py` (`get_params_groups`, `clip_gradients`, `LARS`) and `main_dino.py`. Everything works on
+lists of tensors and none of it reads the device from the host.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from annotated_types import Ge, Le
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+
+@dataclass(frozen=True)
+class OptimRecipe:
+    """The optimizer, its schedules and the teacher's moving average."""
+
+    name: Literal["sgd", "adamw", "lars"] = "sgd"
+    """update rule; sgd and lars have momentum 0.9"""
+    lr: Annotated[float, Ge(0)] = 0.03
+    """peak learning rate for a global batch of 256 images; scaled linearly to the batch in use"""
+    min_lr: Annotated[float, Ge(0)] = 1e-6
+    """learning rate that the cosine ends at; not scaled"""
+    warmup_epochs: Annotated[int, Ge(0)] = 10
+    """epochs over which the learning rate rises from 0 to its peak"""
+    weight_decay: Annotated[float, Ge(0)] = 1e-4
+    """weight decay at the first step; biases and norms are always spared"""
+    weight_decay_end: Annotated[float, Ge(0)] = 1e-4
+    """weight decay that its cosine ends at"""
+    clip_grad: Annotated[float, Ge(0)] = 3.0
+    """largest gradient norm of each parameter tensor; 0 does not clip"""
+    freeze_last_layer_epochs: Annotated[int, Ge(0)] = 1
+    """first epochs in which the head's last layer is not trained"""
+    ema_momentum: Annotated[float, Ge(0), Le(1)] = 0.996
+    """share of itself that the teacher keeps at the first step; rises to 1 along a cosine"""
+
+
+class LARS(Optimizer):
+    """SGD with momentum whose update of each tensor is rescaled to `eta` times that tensor's norm (You et al. 2017).
+
+    Weight decay and the rescaling are for tensors that are not 1-D; a tensor whose norm, or whose update's norm, is
+    zero is not rescaled either. A tensor without a gradient is left alone: no decay, and its momentum stays.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Tensor] | Iterable[dict[str, Any]],
+        lr: float = 0.0,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        eta: float = 0.001,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": eta})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            with_grad = [p for p in group["params"] if p.grad is not None]
+            self._update([p for p in with_grad if p.ndim == 1], group, adapt=False)
+            self._update([p for p in with_grad if p.ndim != 1], group, adapt=True)
+        return loss
+
+    def _update(self, params: list[Tensor], group: dict[str, Any], adapt: bool) -> None:
+        if not params:
+            return
+        updates: Any = [p.grad for p in params]
+        if adapt:
+            updates = torch._foreach_add(updates, params, alpha=group["weight_decay"])
+            updates = torch._foreach_mul(updates, _trust_ratios(params, updates, group["eta"]))
+        velocities = [self._velocity(p) for p in params]
+        torch._foreach_mul_(velocities, group["momentum"])
+        torch._foreach_add_(velocities, updates)
+        torch._foreach_add_(params, velocities, alpha=-group["lr"])
+
+    def _velocity(self, param: Tensor) -> Tensor:
+        state = self.state[param]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(param)
+        return state["momentum_buffer"]
+
+
+def _trust_ratios(params: list[Tensor], updates: list[Tensor], eta: float) -> list[Tensor]:
+    size = torch.stack(torch._foreach_norm(params))
+    change = torch.stack(torch._foreach_norm(updates))
+    ratios = torch.where((size > 0) & (change > 0), eta * size / change, 1.0)
+    return list(ratios.unbind())
+
+
+def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
+    """The trainable parameters in two groups: those that weight decay works on, and biases and 1-D tensors."""
+    decayed: list[Tensor] = []
+    spared: list[Tensor] = []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            (spared if name.endswith(".bias") or param.ndim == 1 else decayed).append(param)
+    return [
+        {"params": decayed, "decays": True, "weight_decay": 0.0},
+        {"params": spared, "decays": False, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(recipe: OptimRecipe, student: nn.Module) -> Optimizer:
+    """The recipe's optimizer over the student. Its rates are 0 until `set_hyper` gives it those of a step."""
+    groups = parameter_groups(student)
+    if recipe.name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, foreach=True)
+    if recipe.name == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, foreach=True)
+    return LARS(groups, momentum=0.9)
+
+
+def set_hyper(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
+    """Give an optimizer from `build_optimizer` the rates of its next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        group["weight_decay"] = weight_decay if group["decays"] else 0.0
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Shrink, in place, each gradient that is longer than `max_norm` (0: none) to about that length, each by itself.
+
+    Returns the norm of all gradients together before that, a scalar on their device. A model has at least one gradient.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    norms = torch.stack(torch._foreach_norm(grads))
+    if max_norm > 0:
+        shrink = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, list(shrink.unbind()))
+    return torch.linalg.vector_norm(norms)
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher · momentum + student · (1 − momentum), parameter by parameter; buffers stay each network's own."""
+    averages: list[Tensor] = list(teacher.parameters())
+    latest: list[Tensor] = list(student.parameters())
+    torch._foreach_mul_(averages, momentum)
+    torch._foreach_add_(averages, latest, alpha=1 - momentum)

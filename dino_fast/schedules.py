@@ -1,0 +1,94 @@
+"""The hyper-parameters of every step, as pure functions of the step number.
+
+Nothing is tabulated: any step costs the same, so a resumed run asks for its step and goes on. The values are those of
+the published schedules (`cosine_scheduler` in facebookresearch/dino `utils.py`, and `DINOLoss` in `main_dino.py` for
+the teacher temperature).
+"""
+
+import math
+from dataclasses import dataclass
+
+from dino_fast.loss import LossRecipe
+from dino_fast.optim import OptimRecipe
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What one step is run with."""
+
+    lr: float
+    weight_decay: float
+    momentum: float
+    """of the teacher's moving average, not of the optimizer"""
+    teacher_temp: float
+    freeze_last_layer: bool
+
+
+@dataclass(frozen=True)
+class Schedules:
+    """The schedules of one run. `lr` is the peak rate, already scaled to the global batch (`scaled_lr`).
+
+    Raises ValueError if the run has no step.
+    """
+
+    optim: OptimRecipe
+    loss: LossRecipe
+    lr: float
+    epochs: int
+    steps_per_epoch: int
+
+    def __post_init__(self) -> None:
+        if self.total_steps < 1:
+            raise ValueError(f"a run of {self.epochs} epochs of {self.steps_per_epoch} steps has nothing to schedule")
+
+    @property
+    def total_steps(self) -> int:
+        return self.epochs * self.steps_per_epoch
+
+    def epoch(self, step: int) -> int:
+        """The epoch, from 0, that `step`, from 0, belongs to."""
+        return step // self.steps_per_epoch
+
+    def at(self, step: int) -> Hyper:
+        """The settings of `step`. Raises ValueError for a step outside the run."""
+        if not 0 <= step < self.total_steps:
+            raise ValueError(f"step {step} is outside this run of {self.total_steps} steps")
+        optim, total = self.optim, self.total_steps
+        return Hyper(
+            lr=warmup_cosine(step, total, optim.warmup_epochs * self.steps_per_epoch, self.lr, optim.min_lr),
+            weight_decay=cosine(step, total, optim.weight_decay, optim.weight_decay_end),
+            momentum=cosine(step, total, optim.ema_momentum, 1.0),
+            teacher_temp=teacher_temperature(self.epoch(step), self.loss),
+            freeze_last_layer=self.epoch(step) < optim.freeze_last_layer_epochs,
+        )
+
+
+def scaled_lr(recipe: OptimRecipe, global_batch: int) -> float:
+    """The peak learning rate at `global_batch` images a step over all ranks: the recipe's is for 256."""
+    return recipe.lr * global_batch / 256
+
+
+def linspace(step: int, steps: int, start: float, end: float) -> float:
+    """Value `step` of `steps` evenly spaced ones, `end` included: `numpy.linspace(start, end, steps)[step]`."""
+    if steps > 1 and step == steps - 1:
+        return end
+    return start + step * (end - start) / max(steps - 1, 1)
+
+
+def cosine(step: int, steps: int, start: float, end: float) -> float:
+    """Half a cosine from `start` at step 0 towards `end`, which step `steps` would reach."""
+    return end + 0.5 * (start - end) * (1 + math.cos(math.pi * step / steps))
+
+
+def warmup_cosine(step: int, steps: int, warmup: int, peak: float, end: float) -> float:
+    """From 0 to `peak`, reached at the last of `warmup` steps, then half a cosine over the steps that are left."""
+    if step < warmup:
+        return linspace(step, warmup, 0.0, peak)
+    return cosine(step - warmup, steps - warmup, peak, end)
+
+
+def teacher_temperature(epoch: int, recipe: LossRecipe) -> float:
+    """The teacher's temperature of `epoch`: linear over the warm-up epochs, then constant."""
+    if epoch < recipe.warmup_teacher_temp_epochs:
+        return linspace(epoch, recipe.warmup_teacher_temp_epochs, recipe.warmup_teacher_temp, recipe.teacher_temp)
+    return recipe.teacher_temp

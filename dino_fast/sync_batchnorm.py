@@ -1,0 +1,123 @@
+"""Batch norm over the batches of all ranks, on any device that torch.distributed can talk from.
+
+`torch.nn.SyncBatchNorm` refuses CPU tensors. This one sends one message a layer in each direction: forward the count,
+mean and sum of squared deviations of every rank, combined by the formula of Chan et al. 1979; backward two sums.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def world_size() -> int:
+    """The number of ranks; 1 when torch.distributed is not in use."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+class SyncBatchNorm(_BatchNorm):
+    """`nn.BatchNorm1d/2d` whose training statistics are those of all ranks' batches together: [N, C, …] → the same.
+
+    Parameters, buffers and their names are nn.BatchNorm's. Batches may differ in N between ranks, but not be empty.
+    In eval mode, and with one rank, it is nn.BatchNorm itself.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or world_size() == 1:
+            return super().forward(x)
+        mean, var, count = global_statistics(x.detach())
+        if self.track_running_stats:
+            self._track(mean, var, count)
+        weight = torch.ones_like(mean) if self.weight is None else self.weight
+        bias = torch.zeros_like(mean) if self.bias is None else self.bias
+        return _Normalise.apply(x, weight, bias, mean, torch.rsqrt(var + self.eps), count)
+
+    @torch.no_grad()
+    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        share = 1 / self.num_batches_tracked if self.momentum is None else self.momentum
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        for running, new in ((self.running_mean, mean), (self.running_var, unbiased)):
+            running.mul_(1 - share).add_(new.to(running.dtype) * share)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch norm needs [N, C, ...], got {tuple(input.shape)}")
+
+
+def convert_sync_batchnorm(module: nn.Module) -> None:
+    """Replace every nn.BatchNorm1d and nn.BatchNorm2d below `module` in place, keeping parameters and buffers."""
+    for name, child in module.named_children():
+        if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            setattr(module, name, _synchronised(child))
+        else:
+            convert_sync_batchnorm(child)
+
+
+def _synchronised(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> SyncBatchNorm:
+    new = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    new.weight, new.bias = norm.weight, norm.bias
+    new.running_mean, new.running_var = norm.running_mean, norm.running_var
+    new.num_batches_tracked = norm.num_batches_tracked
+    return new.train(norm.training)
+
+
+def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean [C], biased variance [C] and count (a scalar) per channel of all ranks' x, [N, C, …], in one all-gather.
+
+    In float32, or float64 for float64. The count is a tensor, and so costs no synchronisation with the host.
+    """
+    var, mean = torch.var_mean(_wide(x), dim=_sample_dims(x), correction=0)
+    count = mean.new_full((1,), x.numel() / x.shape[1])
+    message = torch.cat([count, mean, var * count])
+    gathered = message.new_empty(world_size() * message.numel())
+    dist.all_gather_into_tensor(gathered, message)
+    counts, means, deviations = gathered.view(world_size(), -1).split([1, x.shape[1], x.shape[1]], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    return mean, (deviations + counts * (means - mean).square()).sum(0) / total, total
+
+
+class _Normalise(torch.autograd.Function):
+    """weight · (x − mean) / std + bias, differentiated through the statistics, which all ranks' x went into."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, inverse_std: Tensor, count: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, inverse_std, count)
+        scale = _wide(weight) * inverse_std
+        return ((x - _per_channel(mean, x)) * _per_channel(scale, x) + _per_channel(bias, x)).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, inverse_std, count = ctx.saved_tensors
+        normalised = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
+        grad = _wide(grad)
+        local = torch.stack([grad.sum(_sample_dims(x)), (grad * normalised).sum(_sample_dims(x))])
+        means = local.clone()
+        dist.all_reduce(means)
+        mean_grad, mean_product = (means / count).unbind()
+        # x's own layout comes out (channels-last or not), since it leads the expression.
+        grad_x = normalised.mul(_per_channel(-mean_product, x)).add(grad).sub(_per_channel(mean_grad, x))
+        grad_x = grad_x.mul(_per_channel(_wide(weight) * inverse_std, x)).to(x.dtype)
+        return grad_x, local[1].to(weight.dtype), local[0].to(weight.dtype), None, None, None
+
+
+def _sample_dims(x: Tensor) -> list[int]:
+    return [0, *range(2, x.dim())]
+
+
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

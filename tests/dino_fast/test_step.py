@@ -1,0 +1,240 @@
+"""The training step: grouping of crops, precisions, resuming, and two ranks against one.
+
+Run as a program, this file is one of two ranks: `test_step.py RANK FOLDER`.
+"""
+
+import copy
+import inspect
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dino_fast.head import HeadRecipe
+from dino_fast.loss import LossRecipe
+from dino_fast.optim import OptimRecipe, build_optimizer
+from dino_fast.schedules import Hyper
+from dino_fast.step import MultiCropModel, Precision, TrainStep, build_student_teacher
+
+HEAD = HeadRecipe(out_dim=64, hidden_dim=32, bottleneck_dim=16, batch_norm=True)
+HYPER = Hyper(lr=0.05, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
+BATCH = 4
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _networks(dtype: torch.dtype = torch.float32) -> tuple[MultiCropModel, MultiCropModel]:
+    torch.manual_seed(0)
+    student, teacher = build_student_teacher("resnet18", HEAD)
+    return student.to(dtype), teacher.to(dtype)
+
+
+def _step(precision: Precision = "fp32", dtype: torch.dtype = torch.float32, name: Any = "sgd") -> TrainStep:
+    student, teacher = _networks(dtype)
+    optimizer = build_optimizer(OptimRecipe(name=name), student)
+    return TrainStep(student, teacher, optimizer, LossRecipe(), 3.0, precision)
+
+
+def _crops(seed: int, dtype: torch.dtype = torch.float32, batch: int = BATCH) -> tuple[Tensor, Tensor]:
+    """[2, B, 3, 48, 48] and [3, B, 3, 32, 32]: views apart, so that a rank can take its images of each."""
+    r = torch.Generator().manual_seed(seed)
+    return (
+        torch.randn(2, batch, 3, 48, 48, dtype=dtype, generator=r),
+        torch.randn(3, batch, 3, 32, 32, dtype=dtype, generator=r),
+    )
+
+
+def _flat(crops: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    globals_, locals_ = (c.flatten(0, 1).contiguous(memory_format=torch.channels_last) for c in crops)
+    return globals_, locals_
+
+
+def test_each_resolution_is_one_batch_and_the_head_sees_them_all() -> None:
+    model, _ = _networks(torch.float64)
+    twin = copy.deepcopy(model)
+    globals_, locals_ = _flat(_crops(0, torch.float64))
+    out = model([globals_, locals_])
+    expected = twin.head(torch.cat([twin.backbone(globals_), twin.backbone(locals_)]))
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(model.state_dict(), twin.state_dict())
+    assert model.state_dict()["backbone.bn1.num_batches_tracked"] == 2
+    assert model.state_dict()["head.mlp.1.num_batches_tracked"] == 1
+
+
+def test_neighbours_of_one_resolution_are_joined() -> None:
+    model, _ = _networks(torch.float64)
+    twin = copy.deepcopy(model)
+    globals_, _ = _flat(_crops(0, torch.float64))
+    torch.testing.assert_close(model(list(globals_.chunk(2))), twin([globals_]), rtol=1e-12, atol=1e-14)
+
+
+def test_the_teacher_is_a_copy_without_gradients_in_train_mode() -> None:
+    student, teacher = _networks()
+    torch.testing.assert_close(teacher.state_dict(), student.state_dict(), rtol=0, atol=0)
+    assert teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert [name for name, p in student.named_parameters() if not p.requires_grad] == ["head.last_layer.weight_g"]
+    conv = student.get_parameter("backbone.conv1.weight")
+    assert conv.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_without_local_crops() -> None:
+    step = _step()
+    globals_, _ = _flat(_crops(0))
+    out = step(globals_, None, HYPER)
+    assert out.loss.isfinite()
+    assert step.student.state_dict()["backbone.bn1.num_batches_tracked"] == 1
+
+
+def test_a_frozen_last_layer_does_not_move_and_the_rest_does() -> None:
+    step = _step()
+    before = copy.deepcopy(step.student.state_dict())
+    step(*_flat(_crops(0)), Hyper(0.1, 0.1, 0.9, 0.04, freeze_last_layer=True))
+    after = step.student.state_dict()
+    assert torch.equal(before["head.last_layer.weight_v"], after["head.last_layer.weight_v"])
+    assert not torch.equal(before["head.mlp.0.weight"], after["head.mlp.0.weight"])
+
+
+def test_the_loss_is_of_the_centre_before_the_step() -> None:
+    step, other = _step(dtype=torch.float64), _step(dtype=torch.float64)
+    nn.init.normal_(other.center)
+    crops = _flat(_crops(0, torch.float64))
+    losses = [s(*crops, HYPER).loss.item() for s in (step, other)]
+    assert losses[0] != losses[1]
+    teacher_mean = _networks(torch.float64)[1]([crops[0]]).mean(0, keepdim=True)
+    torch.testing.assert_close(step.center, 0.1 * teacher_mean, rtol=1e-12, atol=1e-14)
+
+
+class _Reads(TorchDispatchMode):
+    """Counts the reads of a tensor's value by the host, each of which would wait for a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "sgd"), ("bf16", "lars")])
+def test_the_host_reads_nothing_from_the_device(precision: Precision, name: str) -> None:
+    step = _step(precision, name=name)
+    with _Reads() as reads:
+        out = step(*_flat(_crops(0)), HYPER)
+        assert reads.count == 0
+        out.loss.item()
+        assert reads.count == 1
+
+
+# What rounding to 8 and 11 bits costs in 18 layers whose batch norms see as few as 12 values: the measured
+# differences are at most 2 % and 0.2 % of the loss, 0.13 and 0.02 nats of entropy.
+@pytest.mark.parametrize(("precision", "loss", "entropy"), [("bf16", 4e-2, 0.25), ("fp16", 5e-3, 0.04)])
+def test_lower_precision_stays_close_to_float32(precision: Precision, loss: float, entropy: float) -> None:
+    exact, rounded = _step(), _scaled_to_fit(precision)
+    still = replace(HYPER, lr=0.0)  # the weights stay, so that differences do not feed on themselves
+    for t in range(2):
+        crops = _flat(_crops(t))
+        expected, out = exact(*crops, still), rounded(*crops, still)
+        assert out.loss.dtype == torch.float32
+        assert out.loss.item() == pytest.approx(expected.loss.item(), rel=loss)
+        assert out.teacher_entropy.item() == pytest.approx(expected.teacher_entropy.item(), abs=entropy)
+        assert out.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=0.1)
+
+
+def _scaled_to_fit(precision: Precision) -> TrainStep:
+    """A step whose first loss scale fits these gradients, hundreds in norm; the scaler's own is 65536."""
+    step = _step(precision)
+    step.scaler = torch.amp.GradScaler("cpu", init_scale=1024, enabled=precision == "fp16")
+    return step
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_master_weights_stay_float32_and_move(precision: Precision) -> None:
+    step = _scaled_to_fit(precision)
+    before = copy.deepcopy(step.student.state_dict())
+    for t in range(2):
+        step(*_flat(_crops(t)), HYPER)
+    for name, tensor in step.student.named_parameters():
+        assert tensor.dtype == torch.float32
+        assert tensor.isfinite().all()
+        assert torch.equal(tensor, before[name]) == (name == "head.last_layer.weight_g")
+
+
+def test_an_overflowing_float16_step_moves_no_weight_and_halves_the_scale() -> None:
+    step = _step("fp16")
+    before = [p.detach().clone() for p in step.student.parameters()]
+    out = step(*_flat(_crops(0)), HYPER)
+    assert not out.grad_norm.isfinite()
+    assert step.scaler.get_scale() == 2**15
+    assert all(torch.equal(a, b) for a, b in zip(step.student.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "adamw"), ("fp16", "sgd"), ("bf16", "lars")])
+def test_a_restored_step_goes_on_bit_for_bit(precision: Precision, name: str, tmp_path: Path) -> None:
+    step = _step(precision, name=name)
+    step(*_flat(_crops(0)), HYPER)
+    torch.save(step.state_dict(), tmp_path / "state.pt")
+    restored = _step(precision, name=name)
+    restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    for s in (step, restored):
+        s(*_flat(_crops(1)), HYPER)
+    torch.testing.assert_close(restored.state_dict(), step.state_dict(), rtol=0, atol=0)
+
+
+def _rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    student, teacher = _networks(torch.float64)
+    # Two batch-norm forwards a backward forbid broadcasting the buffers; torch 2.15 renames the setting.
+    new = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    keep_buffers: dict[str, Any] = {"forward_sync_buffers" if new else "broadcast_buffers": False}
+    wrapped = DistributedDataParallel(student, gradient_as_bucket_view=True, **keep_buffers)
+    optimizer = build_optimizer(OptimRecipe(), wrapped)
+    step = TrainStep(wrapped, teacher, optimizer, LossRecipe(), 3.0)
+    mine = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+    losses = []
+    for t in range(3):
+        globals_, locals_ = _crops(t, torch.float64)
+        hyper = Hyper(0.05, 1e-2, 0.9, 0.05, freeze_last_layer=t == 1)
+        losses.append(step(*_flat((globals_[:, mine], locals_[:, mine])), hyper).loss)
+    torch.save({"losses": torch.stack(losses), "state": step.state_dict()}, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_equal_one_with_their_batches_together(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "error", __file__]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    running = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
+    try:
+        step = _step(dtype=torch.float64)
+        losses = [
+            step(*_flat(_crops(t, torch.float64)), Hyper(0.05, 1e-2, 0.9, 0.05, freeze_last_layer=t == 1)).loss
+            for t in range(3)
+        ]
+        assert [process.wait(timeout=120) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    torch.testing.assert_close((ranks[0]["losses"] + ranks[1]["losses"]) / 2, torch.stack(losses), rtol=1e-9, atol=0)
+    for rank in ranks:
+        torch.testing.assert_close(rank["state"], step.state_dict(), rtol=1e-7, atol=1e-9)
+
+
+if __name__ == "__main__":
+    _rank(int(sys.argv[1]), Path(sys.argv[2]))
