@@ -1,0 +1,48 @@
+"""The dino-fast command."""
+
+import sys
+from collections.abc import Sequence
+
+from shards.errors import UserError
+
+USAGE = """usage: dino-fast COMMAND ...
+
+commands:
+  train   train a backbone with DINO on shards            (dino-fast train --help)
+  knn     k-NN score of a checkpoint on labelled shards   (dino-fast knn --help)
+
+Shards are made with `make-shards pack SRC OUT`. Many GPUs: torchrun --nproc_per_node N -m dino_fast.train ...
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call."""
+    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    if command == "train":
+        from dino_fast.train import main as train
+
+        return train(rest)
+    if command == "knn":
+        return _knn(rest)
+    if command in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    print(f"dino-fast: unknown command {command!r}: choose train or knn", file=sys.stderr)
+    return 2
+
+
+def _knn(arguments: Sequence[str]) -> int:
+    from dino_fast.evaluate.knn import knn_command
+
+    try:
+        return knn_command(arguments)
+    except UserError as error:
+        print(f"dino-fast knn: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dino-fast knn: stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The recipe of a run: typed dataclasses, read from YAML and dotted command-line overrides, checked before anything
+starts.
+
+jsonargparse reads, converts and documents (`--help`, `--print_config`); the sections are declared beside the code that
+they steer. This file puts them together and adds what jsonargparse leaves out: the allowed ranges, the checks between
+settings, and the nearest name to a misspelt key.
+"""
+
+import dataclasses
+import difflib
+import re
+import typing
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le
+from jsonargparse import (  # type: ignore[attr-defined]  # it exports by a list that mypy does not follow
+    ActionConfigFile,
+    ArgumentError,
+    ArgumentParser,
+    set_parsing_settings,
+)
+
+from dino_fast.head import HeadRecipe
+from dino_fast.loss import LossRecipe
+from dino_fast.optim import OptimRecipe
+from pipelines.crops import CropRecipe
+from pipelines.loader import DataRecipe
+from pipelines.photometric import PhotometricRecipe
+from shards.errors import UserError
+
+
+class UsageError(UserError):
+    """A wrong call: an unknown setting, or a value out of range."""
+
+
+@dataclass(frozen=True)
+class CheckpointRecipe:
+    """When checkpoints are written and which are kept."""
+
+    every_steps: Annotated[int, Ge(0)] = 0
+    """steps between checkpoints; 0: one at the end of each epoch"""
+    keep: Annotated[int, Ge(1)] = 2
+    """how many of the newest are kept"""
+    keep_every_epochs: Annotated[int, Ge(0)] = 0
+    """one in so many epochs is kept for good; 0: none"""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a run is made of."""
+
+    output: str = "runs/default"
+    """folder for checkpoints, metrics and TensorBoard; the same command again resumes there"""
+    seed: Annotated[int, Ge(0), Le(2**48)] = 0
+    """of the first weights, the order, the crops and the colours"""
+    epochs: Annotated[int, Ge(1)] = 100
+    """length of the schedules"""
+    max_steps: Annotated[int, Ge(0)] = 0
+    """stop after this step although the schedules go on; 0: run all epochs"""
+    batch_size: Annotated[int, Ge(1)] = 512
+    """images a step over all ranks together"""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """of the forward and backward passes; weights and updates are fp32"""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU where there is one"""
+    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
+    """network that is trained, from torchvision"""
+    log_every: Annotated[int, Ge(1)] = 50
+    """steps between entries in the metrics"""
+    accept_changes: bool = False
+    """resume although the recipe or the data differ from the checkpoint's"""
+    data: DataRecipe = field(default_factory=DataRecipe)
+    crops: CropRecipe = field(default_factory=CropRecipe)
+    augment: PhotometricRecipe = field(default_factory=PhotometricRecipe)
+    head: HeadRecipe = field(default_factory=HeadRecipe)
+    loss: LossRecipe = field(default_factory=LossRecipe)
+    optim: OptimRecipe = field(default_factory=OptimRecipe)
+    checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+
+
+# Settings that may differ between the sittings of one run: they change where and how it runs, not what comes out.
+FREE_TO_CHANGE = (
+    "output", "max_steps", "device", "log_every", "accept_changes", "checkpoint",
+    "data.train", "data.threads", "data.prefetch", "data.max_bad_samples",
+)  # fmt: skip
+
+
+def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train") -> Recipe:
+    """The recipe of a command line such as `--config FILE --crops.locals 6`. UsageError names what is wrong."""
+    parser = build_parser(prog)
+    try:
+        settings = vars(parser.instantiate(parser.parse_args(list(arguments))))
+    except ArgumentError as error:
+        raise UsageError(explain(str(error), settings_of(Recipe))) from error
+    recipe = Recipe(**{name: value for name, value in settings.items() if name != "config"})
+    check(recipe)
+    return recipe
+
+
+def build_parser(prog: str) -> ArgumentParser:
+    """The command line of a recipe: `--config FILE` and one flag a setting, later ones winning."""
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = ArgumentParser(
+        prog=prog, exit_on_error=False, allow_abbrev=False, description="Train a backbone with DINO on shards."
+    )
+    parser.add_argument("--config", action=ActionConfigFile, help="a recipe in YAML; flags override what it says")
+    parser.add_class_arguments(Recipe)
+    return parser
+
+
+def settings_of(section: type, prefix: str = "") -> dict[str, Any]:
+    """Every setting below a section by its dotted name, with its annotated type."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    settings: dict[str, Any] = {}
+    for name, hint in hints.items():
+        if dataclasses.is_dataclass(hint):
+            settings |= settings_of(typing.cast(type, hint), f"{prefix}{name}.")
+        else:
+            settings[prefix + name] = hint
+    return settings
+
+
+def explain(message: str, settings: dict[str, Any]) -> str:
+    """jsonargparse's message as one line, with the nearest name or the allowed values."""
+    unknown = (
+        re.search(r"unrecognized arguments: --([\w.]+)", message)
+        or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
+        or re.search(r"Option '([\w.]+)' is not accepted", message)
+    )
+    if unknown:
+        name = ".".join(unknown.groups())
+        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]}?" if near else "`--help` lists them all"
+        return f"unknown setting {name}: {hint}"
+    if message.startswith("Problems parsing config"):
+        return f"the file given with --config is not valid YAML: {' '.join(message.split()[3:])}"
+    wrong = re.search(r'Parser key "([\w.]+)":\s+Expected.*Got value: (.*)', message)
+    if wrong and wrong[1] in settings:
+        return f"{wrong[1]} = {wrong[2]}: expected {allowed(settings[wrong[1]])}"
+    return " ".join(message.split())
+
+
+def allowed(hint: Any) -> str:
+    """What a setting may be, in words: "a whole number, at least 1"."""
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    base, *bounds = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+    parts = [words.get(base, "two numbers in brackets, such as [0.1, 1]")]
+    for bound in bounds:
+        parts += [f"at least {bound.ge}"] if isinstance(bound, Ge) else []
+        parts += [f"above {bound.gt}"] if isinstance(bound, Gt) else []
+        parts += [f"at most {bound.le}"] if isinstance(bound, Le) else []
+    return ", ".join(parts)
+
+
+def check(recipe: Recipe) -> None:
+    """Raise UsageError for a setting out of its range, or settings that cannot go together."""
+    for name, hint in settings_of(Recipe).items():
+        value = look_up(recipe, name)
+        if typing.get_origin(hint) is Annotated and not all(_within(value, bound) for bound in hint.__metadata__):
+            raise UsageError(f"{name} = {value}: expected {allowed(hint)}")
+    for broken in contradictions(recipe):
+        raise UsageError(broken)
+
+
+def _within(value: float, bound: Ge | Gt | Le) -> bool:
+    if isinstance(bound, Ge):
+        return value >= bound.ge  # type: ignore[operator]
+    return value > bound.gt if isinstance(bound, Gt) else value <= bound.le  # type: ignore[operator]
+
+
+def look_up(recipe: Any, name: str) -> Any:
+    """The value of a dotted name."""
+    for part in name.split("."):
+        recipe = getattr(recipe, part)
+    return recipe
+
+
+def contradictions(recipe: Recipe) -> Iterator[str]:
+    """One line for each thing that cannot be, with the mend."""
+    for name in ("crops.global_scale", "crops.local_scale"):
+        low, high = look_up(recipe, name)
+        if not 0 < low <= high <= 1:
+            yield f"{name} = [{low}, {high}]: expected two shares of the area, 0 < least <= most <= 1"
+    low, high = recipe.augment.blur_sigma
+    if not 0 < low <= high <= 2.3:
+        yield f"augment.blur_sigma = [{low}, {high}]: expected pixels, 0 < least <= most <= 2.3 (15 taps)"
+    for name in ("teacher_temp", "warmup_teacher_temp"):
+        if getattr(recipe.loss, name) >= recipe.loss.student_temp:
+            yield (
+                f"loss.{name} = {getattr(recipe.loss, name)} is not below loss.student_temp = "
+                f"{recipe.loss.student_temp}: the teacher must be the sharper one; the published value is 0.04"
+            )
+    for name in ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs"):
+        if look_up(recipe, name) > recipe.epochs:
+            yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """`name: old -> new` for the settings that differ between two recipes (as `dataclasses.asdict`) and that a resumed
+    run must not change."""
+    for name in sorted(old.keys() | new.keys()):
+        if prefix + name in FREE_TO_CHANGE:
+            continue
+        was, now = old.get(name), new.get(name)
+        if isinstance(was, dict) and isinstance(now, dict):
+            yield from differences(was, now, f"{prefix}{name}.")
+        elif was != now:
+            yield f"{prefix}{name}: {was} -> {now}"

@@ -1,0 +1,82 @@
+"""Ranks: one process a GPU under torchrun (NCCL), or CPU processes (gloo), or just one."""
+
+import contextlib
+import inspect
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from shards.errors import UserError
+
+Model = TypeVar("Model", bound=nn.Module)
+
+# Long enough for rank 0 to write a checkpoint, short enough that a dead rank does not hold the others for hours.
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+@contextlib.contextmanager
+def join(device: str) -> Iterator[Ranks]:
+    """Join the other ranks that torchrun started, if any; `device` is "auto", "cpu" or "cuda".
+
+    Raises UserError where "cuda" is asked for and there is none.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" not in os.environ:
+        yield Ranks(0, 1, chosen)
+        return
+    on_gpu = chosen.type == "cuda"
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=chosen if on_gpu else None)
+    try:
+        yield Ranks(rank, world, chosen)
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(device: str, local_rank: int) -> torch.device:
+    """The device of a rank. UserError where it is not there."""
+    count = torch.cuda.device_count()
+    if device == "cuda" and count == 0:
+        raise UserError("--device cuda: torch sees no NVIDIA GPU; check `nvidia-smi`, or pass --device cpu")
+    if device == "cpu" or count == 0:
+        return torch.device("cpu")
+    if local_rank >= count:
+        raise UserError(f"rank {local_rank} of this machine has no GPU: it has {count}; lower --nproc_per_node")
+    return torch.device("cuda", local_rank)
+
+
+def parallel(module: Model, ranks: Ranks) -> Model | DistributedDataParallel:
+    """The module with its gradients averaged over the ranks; as it is where there is only one."""
+    if ranks.world == 1:
+        return module
+    # Buffers are equal on all ranks already (synchronised batch norm), and broadcasting them would break the second
+    # forward before a backward. torch 2.15 renames the setting.
+    known = inspect.signature(DistributedDataParallel).parameters
+    keep_buffers: dict[str, Any] = {
+        "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+    }
+    device_ids = [ranks.device] if ranks.device.type == "cuda" else None
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **keep_buffers)

@@ -1,0 +1,182 @@
+"""The training run, top to bottom in the order in which it runs; the train command.
+
+One process: `dino-fast train --config FILE`. Many: `torchrun --nproc_per_node N -m dino_fast.train --config FILE`.
+"""
+
+import contextlib
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from dino_fast import checkpoint
+from dino_fast.config import Recipe, UsageError, differences, read_recipe
+from dino_fast.distributed import Ranks, join, parallel
+from dino_fast.monitor import Monitor
+from dino_fast.optim import build_optimizer
+from dino_fast.schedules import Schedules, scaled_lr
+from dino_fast.step import StepOutput, TrainStep, build_student_teacher
+from pipelines.loader import Loader
+from shards.errors import UserError
+from shards.index import ShardIndex
+from shards.lock import locked
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def train(recipe: Recipe, ranks: Ranks) -> Path:
+    """Run the recipe, from its output's newest checkpoint if there is one. Returns the output folder."""
+    output = Path(recipe.output)
+    torch.backends.cudnn.benchmark = True  # sizes never change
+    if recipe.precision != "fp32" and ranks.device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # the head's last layer: TF32 has float16's mantissa
+
+    # ---- Data
+    index = ShardIndex(recipe.data.train)
+    loader = Loader(
+        index, recipe.data, recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
+        device=ranks.device, dtype=DTYPES[recipe.precision], rank=ranks.rank, world=ranks.world,
+    )  # fmt: skip
+
+    # ---- Networks, optimizer, schedules
+    step = build_step(recipe, ranks)
+    schedules = Schedules(
+        recipe.optim,
+        recipe.loss,
+        scaled_lr(recipe.optim, recipe.batch_size),
+        recipe.epochs,
+        loader.order.steps_per_epoch,
+    )
+
+    # ---- Where to start, where to stop
+    start, notes = resume(recipe, ranks, step, index.fingerprint)
+    stop = min(recipe.max_steps or schedules.total_steps, schedules.total_steps)
+    every = recipe.checkpoint.every_steps or schedules.steps_per_epoch
+
+    # ---- The loop
+    with Monitor(
+        output, ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start, stop=stop,
+        log_every=recipe.log_every,
+    ) as monitor:  # fmt: skip
+        for note in notes:
+            monitor.say(note)
+        for batch in loader.batches(start, stop):
+            at = schedules.at(batch.step)
+            out = step(batch.globals, batch.locals, at)
+            monitor.tick(batch.step, at, out, loader)
+            done = batch.step + 1
+            if done % every == 0 or done == stop:
+                with monitor.paused():
+                    require_finite(batch.step, out)
+                    if ranks.first:
+                        save(recipe, done, step, index.fingerprint, schedules.steps_per_epoch)
+    return output
+
+
+def claimed(recipe: Recipe, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
+    """Hold the output folder against another run; the first rank does it for all."""
+    if not ranks.first:
+        return contextlib.nullcontext()
+    return locked(Path(recipe.output), "another run is writing into it; wait, or choose another --output")
+
+
+def build_step(recipe: Recipe, ranks: Ranks) -> TrainStep:
+    """Student, teacher and optimizer on this rank's device; the first weights depend on the seed alone."""
+    torch.manual_seed(recipe.seed)
+    student, teacher = build_student_teacher(recipe.backbone, recipe.head)
+    student.to(ranks.device)
+    teacher.to(ranks.device)
+    optimizer = build_optimizer(recipe.optim, student)
+    return TrainStep(
+        parallel(student, ranks), teacher, optimizer, recipe.loss, recipe.optim.clip_grad, recipe.precision
+    )
+
+
+def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> tuple[int, list[str]]:
+    """Load the newest good checkpoint into `step` on every rank. Returns the next step to run, and what to tell.
+
+    UserError if the checkpoint is of another recipe or data and `accept_changes` is off.
+    """
+    found: list[Any] = [checkpoint.load_newest(Path(recipe.output)) if ranks.first else None]
+    if ranks.world > 1:
+        dist.broadcast_object_list(found, device=ranks.device)
+    if found[0] is None:
+        return 0, []
+    state, notes = found[0]
+    changes = list(differences(state["recipe"], plain(recipe)))
+    if state["data"] != fingerprint:
+        changes.append(f"data.train: {recipe.data.train} holds other data than the run began with")
+    if changes and not recipe.accept_changes:
+        raise UserError(
+            f"--output {recipe.output} holds a run of another recipe ({'; '.join(changes)}): undo that, choose another "
+            "--output, or pass --accept_changes true"
+        )
+    step.load_state_dict(state["model"])
+    return state["step"], [*notes, f"resumed from step {state['step']} of {recipe.output}", *changes]
+
+
+def require_finite(step: int, out: StepOutput) -> None:
+    """UserError if the loss is no number any more: nothing after it is worth keeping."""
+    loss = float(out.loss)
+    if not math.isfinite(loss):
+        raise UserError(
+            f"the loss is {loss} at step {step}: lower --optim.lr, or use --precision bf16 or fp32; the last "
+            "checkpoint is from before"
+        )
+
+
+def save(recipe: Recipe, done: int, step: TrainStep, fingerprint: str, steps_per_epoch: int) -> None:
+    """Write the checkpoint after `done` steps, then drop those that are no longer kept."""
+    output = Path(recipe.output)
+    state = {"recipe": plain(recipe), "data": fingerprint, "model": step.state_dict()}
+    checkpoint.save(output, done, state)
+    checkpoint.prune(output, recipe.checkpoint.keep, recipe.checkpoint.keep_every_epochs * steps_per_epoch)
+
+
+def plain(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain data, as it is stored in checkpoints and read back from YAML."""
+    settings: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_listed(dataclasses.asdict(recipe))))
+    return settings
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _listed(item) for name, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The train command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call."""
+    try:
+        recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
+        with join(recipe.device) as ranks, claimed(recipe, ranks):
+            output = train(recipe, ranks)
+        if ranks.first:
+            last = checkpoint.checkpoints(output)[-1]
+            print(f"done: {last}\nnext: dino-fast knn --checkpoint {last} --train {recipe.data.train} --val VAL_SHARDS")
+        return 0
+    except UserError as error:
+        print(f"dino-fast train: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"dino-fast train: {what}; mend that, and the same command again goes on", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("dino-fast train: stopped; the same command again goes on from the last checkpoint", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    # The loader's threads may stand in DALI: leave without waiting for them.
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status) if status else sys.exit(0)

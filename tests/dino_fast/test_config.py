@@ -1,0 +1,117 @@
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dino_fast.config import Recipe, UsageError, check, differences, read_recipe, settings_of
+from dino_fast.train import plain
+
+CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+
+def refusal(*arguments: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        read_recipe(arguments)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_in_configs_is_valid_and_headed(path: Path):
+    recipe = read_recipe(["--config", str(path)])
+    assert recipe.output == f"runs/{path.stem}" or path.stem == "cpu_demo"
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    for name in ("Command:", "Hardware:", "Time:", "Score:"):
+        assert any(name in line for line in header), name
+
+
+def test_the_100_epoch_recipe_is_the_published_one():
+    recipe = read_recipe(["--config", str(CONFIGS[0].parent / "resnet50_100ep.yaml")])
+    assert (recipe.batch_size, recipe.epochs, recipe.backbone) == (512, 100, "resnet50")
+    assert (recipe.optim.name, recipe.optim.lr, recipe.optim.weight_decay) == ("sgd", 0.03, 1e-4)
+    assert (recipe.crops.global_scale, recipe.crops.local_scale, recipe.crops.locals) == ((0.14, 1.0), (0.05, 0.14), 8)
+    assert (recipe.head.out_dim, recipe.loss.teacher_temp, recipe.optim.ema_momentum) == (65536, 0.04, 0.996)
+
+
+def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("epochs: 17\ncrops: {locals: 3}\noptim: {lr: 1e-3}\n")
+    recipe = read_recipe(["--config", str(file), "--crops.locals", "5", "--crops.global_scale=[0.2, 1]"])
+    assert (recipe.epochs, recipe.crops.locals, recipe.optim.lr) == (17, 5, 1e-3)
+    assert recipe.crops.global_scale == (0.2, 1.0)
+    assert recipe.crops.global_size == 224
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("--crops.lcals=3", "unknown setting crops.lcals: did you mean crops.locals?"),
+        ("--opt.name=lars", "did you mean optim.name?"),
+        ("--epoch=3", "did you mean epochs?"),
+        ("--crops.locals=99", "crops.locals = 99: expected a whole number, at least 0, at most 64"),
+        ("--crops.locals=1.5", "crops.locals = 1.5: expected a whole number"),
+        ("--optim.name=sgdd", "optim.name = sgdd: expected one of sgd, adamw, lars"),
+        ("--optim.lr=-1", "optim.lr = -1.0: expected a number, at least 0"),
+        ("--optim.lr=nan", "optim.lr = nan: expected a number"),
+        ("--precision=fp8", "precision = fp8: expected one of fp32, bf16, fp16"),
+        ("--crops.local_scale=[0.5,0.1]", "0 < least <= most <= 1"),
+        ("--crops.local_scale=0.5", "expected two numbers in brackets"),
+        ("--augment.blur_sigma=[0,2]", "augment.blur_sigma"),
+        ("--loss.teacher_temp=0.2", "the teacher must be the sharper one"),
+        ("--optim.warmup_epochs=200", "optim.warmup_epochs = 200 is more than epochs = 100"),
+        ("--config=nowhere.yaml", "nowhere.yaml"),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(argument: str, words: str):
+    assert words in refusal(argument)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("crops:\n  lcals: 3\n", "did you mean crops.locals?"),
+        ("epoks: 3\n", "did you mean epochs?"),
+        ("crops: [\n", "yaml"),
+        ("epochs: !!python/object/apply:os.system ['touch owned']\n", "tag"),
+    ],
+)
+def test_wrong_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch, text: str, words: str):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text(text)
+    assert words in refusal("--config", "bad.yaml").lower()
+    assert not (tmp_path / "owned").exists()
+
+
+def test_each_setting_says_what_it_is():
+    undocumented = [name for name, hint in settings_of(Recipe).items() if hint is None]
+    assert not undocumented
+    assert len(settings_of(Recipe)) > 50
+
+
+@given(st.sampled_from(sorted(settings_of(Recipe))), st.floats(-1e3, 1e3))
+def test_numbers_are_taken_or_refused_but_nothing_else_happens(name: str, value: float):
+    try:
+        recipe = read_recipe([f"--{name}={value}"])
+    except UsageError:
+        assert refusal(f"--{name}={value}")
+    else:
+        check(recipe)
+
+
+def test_a_recipe_survives_yaml(tmp_path: Path):
+    recipe = read_recipe(["--config", str(CONFIGS[0])])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(plain(recipe)))
+    assert read_recipe(["--config", str(tmp_path / "again.yaml")]) == recipe
+
+
+def test_differences_name_what_changes_the_result():
+    recipe = Recipe()
+    moved = dataclasses.replace(
+        recipe, output="elsewhere", max_steps=5, data=dataclasses.replace(recipe.data, threads=3)
+    )
+    assert list(differences(plain(recipe), plain(moved))) == []
+    other = dataclasses.replace(moved, seed=1, crops=dataclasses.replace(recipe.crops, locals=2))
+    assert list(differences(plain(recipe), plain(other))) == ["crops.locals: 8 -> 2", "seed: 0 -> 1"]

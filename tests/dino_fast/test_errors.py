@@ -1,0 +1,175 @@
+"""What a user can get wrong ends in one line that names the thing and the mend, and a status."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_fast.__main__ import main as dino_fast
+
+
+@pytest.fixture
+def refused(train_here, tmp_path: Path, capsys):
+    """A function that expects a tiny training run to fail, and returns its one line."""
+
+    def refuse(*arguments: str, output: str = "run", status: int = 1) -> str:
+        assert train_here(tmp_path / output, *arguments) == status
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("dino-fast train: ")
+        return lines[0]
+
+    return refuse
+
+
+def test_missing_and_unfinished_data(refused, tmp_path: Path):
+    assert "nowhere" in refused("--data.train", str(tmp_path / "nowhere"))
+    (tmp_path / "empty").mkdir()
+    assert "make-shards pack" in refused("--data.train", str(tmp_path / "empty"))
+
+
+def test_stale_index(refused, labelled_shards: Path, tmp_path: Path):
+    stale = shutil.copytree(labelled_shards, tmp_path / "stale")
+    data = bytearray((stale / "index.npy").read_bytes())
+    data[-1] ^= 1
+    (stale / "index.npy").write_bytes(data)
+    assert "index.npy is stale or foreign" in refused("--data.train", str(stale))
+
+
+def test_wrong_settings(refused, tmp_path: Path):
+    assert "did you mean crops.locals?" in refused("--crops.local=3", status=2)
+    assert "larger than" in refused("--batch_size", "64")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_gpu_that_is_not_there(refused):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert "torch sees no NVIDIA GPU" in refused("--device", "cuda")
+
+
+def test_another_recipe_or_other_data_in_the_output(refused, train_here, labelled_shards: Path, tmp_path: Path, capsys):
+    assert train_here(tmp_path / "run", "--max_steps", "2") == 0
+    capsys.readouterr()
+    line = refused("--max_steps", "3", "--optim.lr", "0.5", "--seed", "3")
+    assert "optim.lr: 0.03 -> 0.5" in line
+    assert "seed: 0 -> 3" in line
+    assert "--accept_changes true" in line
+    manifest = json.loads((shutil.copytree(labelled_shards, tmp_path / "other") / "manifest.json").read_text())
+    manifest["fingerprint"] = "0" * len(manifest["fingerprint"])
+    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    assert "holds other data" in refused("--max_steps", "3", "--data.train", str(tmp_path / "other"))
+    assert train_here(tmp_path / "run", "--max_steps", "3", "--optim.lr", "0.5", "--accept_changes", "true") == 0
+    assert "optim.lr: 0.03 -> 0.5" in capsys.readouterr().out
+
+
+def test_two_runs_in_one_output(run, tmp_path: Path):
+    first = run("--max_steps", "1000", "--epochs", "1000")
+    started = tmp_path / "run" / "metrics.jsonl"
+    second = None
+    while second is None:
+        if started.exists():
+            second = run("--max_steps", "3")
+    status, _, errors = second.finish()
+    assert status == 1
+    assert "another run is writing into it" in errors
+    first.kill()
+
+
+def test_all_checkpoints_damaged(refused, train_here, tmp_path: Path, capsys):
+    assert train_here(tmp_path / "run", "--max_steps", "2") == 0
+    capsys.readouterr()
+    for path in (tmp_path / "run").glob("step-*.pt"):
+        path.write_bytes(path.read_bytes()[:1000])
+    assert "checkpoints are damaged" in refused("--max_steps", "3")
+
+
+def test_a_nan_is_no_checkpoint(refused, tmp_path: Path):
+    line = refused("--optim.lr", "1e30", "--optim.warmup_epochs", "0", "--optim.clip_grad", "0")
+    assert "the loss is nan" in line
+    assert "lower --optim.lr" in line
+    kept = list((tmp_path / "run").glob("step-*.pt"))
+    for path in kept:
+        state = torch.load(path, weights_only=True)
+        assert all(value.isfinite().all() for value in state["model"]["student"].values())
+
+
+def as_nobody(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run a dino-fast command without the right to write anywhere by force."""
+    command = [sys.executable, "-m", "dino_fast", *arguments]
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("running as root, and there is no setpriv to drop its rights")
+        command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", *command]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_an_output_without_permission(labelled_shards: Path, tmp_path: Path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0o555)
+    config = Path(__file__).resolve().parents[2] / "configs" / "debug.yaml"
+    result = as_nobody(
+        ["train", "--config", str(config), "--data.train", str(labelled_shards), "--output", str(closed / "run")],
+        tmp_path,
+    )
+    assert result.returncode == 1
+    assert f"cannot write to {closed / 'run'}" in result.stderr
+    assert "choose a folder that you may write to" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_full_disk_ends_in_a_line_and_the_run_goes_on_after(run, tmp_path: Path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400m", "tmpfs", str(small)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small tmpfs is not permitted here")
+    try:
+        status, _, errors = run("--max_steps", "3", output="small/run").finish()
+        assert status == 0, errors
+        free = os.statvfs(small).f_bavail * os.statvfs(small).f_frsize
+        (small / "ballast").write_bytes(bytes(free - 10**6))
+        status, _, errors = run("--max_steps", "6", output="small/run").finish()
+        assert status == 1
+        assert "the checkpoint of step 6 could not be written" in errors
+        assert "free some space" in errors
+        assert "Traceback" not in errors
+        (small / "ballast").unlink()
+        status, out, errors = run("--max_steps", "6", output="small/run").finish()
+        assert status == 0, errors
+        assert "resumed from step 3" in out
+    finally:
+        subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
+        (["--checkpoint", "."], "no checkpoint in this folder"),
+        (["--checkpoint", "text.pt"], "text.pt is not a checkpoint"),
+        (["--checkpoint", "weights.pt"], "it holds no teacher"),
+    ],
+)
+def test_knn_with_a_wrong_checkpoint(labelled_shards: Path, tmp_path: Path, monkeypatch, capsys, arguments, words: str):
+    monkeypatch.chdir(tmp_path)
+    Path("text.pt").write_text("hello")
+    torch.save({"conv1.weight": torch.zeros(3)}, "weights.pt")
+    data = ["--train", str(labelled_shards), "--val", str(labelled_shards)]
+    assert dino_fast(["knn", *arguments, *data]) == 1
+    errors = capsys.readouterr().err.strip()
+    assert words in errors
+    assert "\n" not in errors
+
+
+def test_unknown_commands(capsys):
+    assert dino_fast(["trian"]) == 2
+    assert "choose train or knn" in capsys.readouterr().err
+    assert dino_fast([]) == 0
+    assert "usage: dino-fast" in capsys.readouterr().out

@@ -1,0 +1,141 @@
+"""The training run: what it writes, that it resumes to the bit, and that two ranks are one."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from dino_fast import checkpoint
+
+
+def state_of(output: Path) -> dict:
+    return checkpoint.load_newest(output)[0]
+
+
+def rows_of(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    """The newest checkpoints agree to the bit, and so does what was logged of every step."""
+    first, second = state_of(one), state_of(other)
+    assert first["step"] == second["step"]
+    torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
+    timing = {"images_per_s", "images_per_s_per_gpu", "stall", "seconds", "time"}
+    logged = [[{k: v for k, v in row.items() if k not in timing} for row in rows_of(run)] for run in (one, other)]
+    assert logged[0] == logged[1]
+
+
+def test_a_run_leaves_its_checkpoints_metrics_and_events(train_here, tmp_path: Path, capsys):
+    assert train_here(tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert "img/s per GPU" in printed
+    assert "stall" in printed
+    assert "ETA" in printed
+    assert "dino-fast knn --checkpoint" in printed
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(12))
+    assert [row["epoch"] for row in rows] == [step // 5 for step in range(12)]
+    for row in rows:
+        assert 0 < row["loss"] < 10
+        assert 0 <= row["stall"] <= 1
+        assert row["images_per_s"] > 0
+        assert row["bad_samples"] == 0
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / "run")] == [9, 12]
+    assert list((tmp_path / "run" / "tensorboard").iterdir())
+    state = state_of(tmp_path / "run")
+    moved = [
+        not torch.equal(state["model"]["student"][name], state["model"]["teacher"][name])
+        for name in state["model"]["teacher"]
+    ]
+    assert any(moved)
+
+
+@pytest.mark.parametrize(("decode", "precision"), [("dali", "fp32"), ("torch", "bf16")])
+def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(train_here, tmp_path: Path, decode: str, precision: str):
+    options = ("--data.decode", decode, "--precision", precision, "--optim.name", "adamw", "--optim.lr", "1e-3")
+    assert train_here(tmp_path / "whole", *options) == 0
+    for stop in ("4", "8", "12"):  # 4 and 8 are neither a checkpoint of `whole` nor an epoch's end
+        assert train_here(tmp_path / "parts", *options, "--max_steps", stop) == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_finished_run_started_again_changes_nothing(train_here, tmp_path: Path):
+    assert train_here(tmp_path / "run", "--max_steps", "3") == 0
+    before = [(path.name, path.stat().st_mtime_ns) for path in checkpoint.checkpoints(tmp_path / "run")]
+    rows = rows_of(tmp_path / "run")
+    assert train_here(tmp_path / "run", "--max_steps", "3") == 0
+    assert [(path.name, path.stat().st_mtime_ns) for path in checkpoint.checkpoints(tmp_path / "run")] == before
+    assert rows_of(tmp_path / "run") == rows
+
+
+def test_fp16_trains_with_a_scaler(train_here, tmp_path: Path):
+    assert train_here(tmp_path / "run", "--precision", "fp16", "--max_steps", "4") == 0
+    assert state_of(tmp_path / "run")["model"]["scaler"]["scale"] > 0
+    assert all(row["loss"] is not None and row["loss"] < 10 for row in rows_of(tmp_path / "run"))
+
+
+def test_two_ranks_are_one_with_the_same_global_batch(run, tmp_path: Path):
+    """Real torchrun, gloo, synchronised batch norm, in float32. The first forward alone rounds to 3e-6 apart, and every
+    update multiplies that, so few steps are compared; test_step.py compares in float64, to 1e-7."""
+    options = ("--max_steps", "4", "--head.batch_norm", "true", "--optim.lr", "1e-3", "--crops.local_size", "32")
+    one, two = run(*options, output="one"), run(*options, output="two", ranks=2)
+    for process in (one, two):
+        status, _, errors = process.finish()
+        assert status == 0, errors
+    alone, together = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert len(alone) == len(together) == 4
+    for row, other in zip(alone, together, strict=True):
+        assert other["loss"] == pytest.approx(row["loss"], rel=1e-5)
+        assert other["teacher_entropy"] == pytest.approx(row["teacher_entropy"], rel=1e-4)  # logits over 0.04
+    first, second = state_of(tmp_path / "one")["model"], state_of(tmp_path / "two")["model"]
+    for network in ("student", "teacher"):
+        torch.testing.assert_close(first[network], second[network], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path: Path, ranks: int):
+    """kill -9 of the whole process group: between checkpoints (after a random time) and during them."""
+    import random
+    import time
+
+    moments = random.Random(ranks)
+    options = ("--max_steps", "40", "--epochs", "8", "--checkpoint.every_steps", "2")
+    status, _, errors = run(*options, output="whole", ranks=ranks).finish()
+    assert status == 0, errors
+    output, kills, during = tmp_path / "killed", 0, 0
+    for number in range(24):
+        process = run(*options, output="killed", ranks=ranks)
+        newest = checkpoint.checkpoints(output)[-1:] if output.exists() else []
+        if number % 2:
+            killed = process.kill_when(lambda: bool(list(output.glob(".writing-*"))))
+            during += killed and bool(list(output.glob(".writing-*")))
+        else:
+            while checkpoint.checkpoints(output)[-1:] == newest and process._process.poll() is None:
+                time.sleep(0.005)
+            rest = time.monotonic() + moments.uniform(0, 0.3)
+            killed = process.kill_when(lambda rest=rest: time.monotonic() > rest)
+        kills += killed
+        if not killed:
+            break
+    status, _, errors = run(*options, output="killed", ranks=ranks).finish()
+    assert status == 0, errors
+    assert kills >= 10
+    assert during >= 2
+    assert_equal_runs(tmp_path / "whole", output)
+
+
+def test_killed_during_training_and_during_a_checkpoint_a_run_ends_the_same(run, tmp_path: Path):
+    """The quick form of the slow test: one kill of each kind."""
+    options = ("--max_steps", "9",)  # fmt: skip
+    whole = run(*options, output="whole")
+    output = tmp_path / "killed"
+    assert run(*options, output="killed").kill_when(lambda: bool(checkpoint.checkpoints(output)))
+    run(*options, output="killed").kill_when(lambda: bool(list(output.glob(".writing-*"))))
+    for process in (whole, run(*options, output="killed")):
+        status, _, errors = process.finish()
+        assert status == 0, errors
+    assert_equal_runs(tmp_path / "whole", output)
+    assert not list(output.glob(".writing-*"))
