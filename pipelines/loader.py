@@ -5,7 +5,7 @@ on (index, recipes, seed, step, rank) alone, whichever decoder makes it and wher
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -85,8 +85,8 @@ class Loader:
         self.bad: dict[int, str] = {}
         self.stall = 0.0
 
-    def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """The batches of steps start … stop − 1. Each stays valid for as long as it is held."""
+    def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
+        """The batches of steps start … stop − 1. Each stays valid for as long as it is held. Close it to stop early."""
         requests = Prefetcher((self._read(step) for step in range(start, stop)), self._data.prefetch, "reading shards")
         with requests, Prefetcher(self._make(requests), self._data.prefetch, "making batches") as made:
             for batch in made:

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Everything here that only a GPU can show, in under 9 minutes: the `gpu` tests, then 200 steps of ResNet-50 from shards.
+#
+#   bash bench/gpu.sh [SHARDS]      SHARDS: a folder that make-shards wrote; without it, pictures are drawn and packed
+#
+# Results go to $OUT, or to bench/results/. Needs python3 with torch >= 2.11, torchvision, DALI, jsonargparse, rich,
+# pyyaml, tensorboard, pillow, pytest and hypothesis on PYTHONPATH.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+out=${OUT:-bench/results}
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+mkdir -p "$out"
+python=python3
+[ -x .venv/bin/python ] && python=.venv/bin/python
+
+{
+    nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+    "$python" -c 'import torch, torchvision, triton, numpy; print("torch", torch.__version__, "cuda", torch.version.cuda,
+"torchvision", torchvision.__version__, "triton", triton.__version__, "numpy", numpy.__version__)'
+    "$python" -c 'import nvidia.dali; print("dali", nvidia.dali.__version__)'
+    git rev-parse HEAD 2>/dev/null
+    date -u +%FT%TZ
+} 2>&1 | tee "$out/gpu-machine.txt"
+
+timeout 240 "$python" -m pytest -m gpu -o addopts= --import-mode=importlib -p no:cacheprovider -q -s tests 2>&1 |
+    tee "$out/gpu-tests.txt" | tail -n 40
+
+shards=${1:-$scratch/shards}
+if [ $# -eq 0 ]; then
+    "$python" -c 'import sys; from pathlib import Path; from dino_fast.demo.draw import draw_dataset
+draw_dataset(Path(sys.argv[1]), per_class=150, val_per_class=1, seed=0)' "$scratch/drawn"
+    "$python" -m shards pack "$scratch/drawn/train" "$shards"
+fi
+# Not a benchmark of the step (that is a later bench/step.py): whether the whole main job runs, and roughly how fast.
+for decode_device in gpu cpu; do
+    timeout 120 "$python" -m dino_fast train --config configs/resnet50_100ep.yaml --data.train "$shards" \
+        --output "$scratch/run-$decode_device" --data.decode_device "$decode_device" --batch_size 64 --max_steps 200 \
+        --epochs 100 --optim.warmup_epochs 1 --log_every 20 2>&1 | tail -n 15
+    cp "$scratch/run-$decode_device/metrics.jsonl" "$out/gpu-train-decode-$decode_device.jsonl" || true
+done

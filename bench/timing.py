@@ -1,0 +1,86 @@
+"""What all benchmarks share: interleaved rounds, the machine, and JSON lines."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "numpy")
+
+
+def interleaved(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run every arm `rounds` times in turn, after one round that is not counted. An arm returns its own figure."""
+    figures: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds + 1):
+        for name, arm in arms.items():
+            figure = arm()
+            if number:
+                figures[name].append(figure)
+    return figures
+
+
+def record(bench: str, arm: str, metric: str, unit: str, figures: list[float]) -> dict[str, Any]:
+    """One JSON object: median and quartiles of an arm's figures, with the machine, the versions and the commit."""
+    quartiles = statistics.quantiles(figures, n=4, method="inclusive") if len(figures) > 1 else [figures[0]] * 3
+    return {
+        "bench": bench, "arm": arm, "metric": metric, "unit": unit, "median": statistics.median(figures),
+        "q25": quartiles[0], "q75": quartiles[2], "n": len(figures), "machine": machine(), "versions": versions(),
+        "commit": commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }  # fmt: skip
+
+
+def report(records: list[dict[str, Any]], file: Path | None) -> None:
+    """Print one line a record, and append them to `file` as JSON lines."""
+    for row in records:
+        print(
+            f"{row['arm']:28s} {row['metric']:16s} {row['median']:10.1f} {row['unit']}"
+            f"   ({row['q25']:.1f} to {row['q75']:.1f}, n = {row['n']})"
+        )
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "a", encoding="utf-8") as out:
+            out.writelines(json.dumps(row) + "\n" for row in records)
+
+
+def machine() -> dict[str, Any]:
+    """The processor, how many cores of it this process may use, and the GPU if there is one."""
+    models = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return {
+        "cpu": models[0] if models else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_before": os.getloadavg()[0],
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
+
+
+def versions() -> dict[str, str]:
+    """Python's and the packages' versions, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """The commit of this checkout, with a + if it was changed since; empty outside of one."""
+    here = Path(__file__).resolve().parent
+    ask = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
+    return subprocess.run(ask, cwd=here, capture_output=True, text=True, check=False).stdout.strip()

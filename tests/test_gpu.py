@@ -1,0 +1,113 @@
+"""What only a GPU can show. Each test holds the GPU's result against the CPU's."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dino_fast import checkpoint
+from dino_fast.train import main as train
+from pipelines.crops import CropRecipe
+from pipelines.loader import DataRecipe, Loader
+from pipelines.photometric import STD, PhotometricRecipe
+from shards.__main__ import main as make_shards
+from shards.index import ShardIndex
+
+pytestmark = pytest.mark.gpu
+
+CROPS = CropRecipe(global_size=96, local_size=48, locals=2)
+DEBUG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
+LEVEL = 1 / (255 * max(STD))  # one 8-bit level in a normalised batch, at the least
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """64 JPEG pictures of 100 to 300 pixels a side."""
+    folder = tmp_path_factory.mktemp("gpu")
+    (folder / "images" / "all").mkdir(parents=True)
+    for number in range(64):
+        rng = np.random.default_rng(number)
+        height, width = rng.integers(100, 300, 2)
+        y, x = np.mgrid[0:height, 0:width][..., None] / 50
+        waves = 128 + 90 * np.sin(rng.uniform(0.5, 4, 3) * x + rng.uniform(0.5, 4, 3) * y)
+        picture = Image.fromarray((waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8))
+        picture.save(folder / "images" / "all" / f"{number:03d}.jpg", quality=92)
+    assert make_shards(["pack", str(folder / "images"), str(folder / "shards"), "--workers", "1"]) == 0
+    return folder / "shards"
+
+
+def batches(shards: Path, device: str, count: int = 3, colours: PhotometricRecipe | None = None, **data) -> list:
+    with ShardIndex(shards) as index:
+        loader = Loader(
+            index, DataRecipe(**data), CROPS, colours or PhotometricRecipe(), batch=16, seed=0,
+            device=torch.device(device), dtype=torch.float32,
+        )  # fmt: skip
+        return list(loader.batches(0, count))
+
+
+@pytest.mark.parametrize("decode", ["dali", "torch"])
+def test_cpu_crops_augmented_on_the_gpu_are_the_cpus(shards: Path, decode: str):
+    on_gpu = batches(shards, "cuda", decode=decode, decode_device="cpu")
+    for ours, theirs in zip(on_gpu, batches(shards, "cpu", decode=decode), strict=True):
+        assert np.array_equal(ours.ids, theirs.ids)
+        assert ours.globals.is_cuda
+        assert ours.globals.is_contiguous(memory_format=torch.channels_last)
+        for name in ("globals", "locals"):
+            apart = (getattr(ours, name).cpu() - getattr(theirs, name)).abs()
+            assert (apart > 1.5 * LEVEL * max(STD) / min(STD)).float().mean() < 1e-3
+
+
+def test_mixed_decoding_is_near_the_cpus(shards: Path):
+    plain = PhotometricRecipe(jitter=0, grey=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0)
+    on_gpu = batches(shards, "cuda", colours=plain, decode_device="gpu")
+    for ours, theirs in zip(on_gpu, batches(shards, "cpu", colours=plain), strict=True):
+        apart = (ours.globals.cpu() - theirs.globals).abs().mean() / LEVEL
+        print(f"mixed against cpu: {float(apart):.3f} levels")
+        assert apart < 1.0
+
+
+def test_a_held_batch_is_not_overwritten(shards: Path):
+    with ShardIndex(shards) as index:
+        loader = Loader(
+            index, DataRecipe(), CROPS, PhotometricRecipe(), batch=16, seed=0, device=torch.device("cuda"),
+            dtype=torch.bfloat16,
+        )  # fmt: skip
+        held, copies = [], []
+        for batch in loader.batches(0, 20):
+            held.append(batch)
+            copies.append((batch.globals.clone(), batch.locals.clone()))
+    torch.cuda.synchronize()
+    for batch, (globals_, locals_) in zip(held, copies, strict=True):
+        assert torch.equal(batch.globals, globals_)
+        assert torch.equal(batch.locals, locals_)
+
+
+def losses(output: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def run(shards: Path, output: Path, *arguments: str) -> list[float]:
+    common = ["--config", str(DEBUG), "--data.train", str(shards), "--output", str(output), "--log_every", "1"]
+    assert train([*common, *arguments]) == 0
+    return losses(output)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.01), ("bf16", 0.05), ("fp16", 0.05)])
+def test_training_on_the_gpu_follows_the_cpus(shards: Path, tmp_path: Path, precision: str, tolerance: float):
+    options = ("--data.decode", "torch", "--max_steps", "4", "--epochs", "4", "--optim.lr", "1e-3")
+    reference = run(shards, tmp_path / "cpu", *options, "--device", "cpu")
+    ours = run(shards, tmp_path / "gpu", *options, "--device", "cuda", "--precision", precision)
+    assert ours == pytest.approx(reference, rel=tolerance)
+
+
+def test_a_run_on_the_gpu_resumes(shards: Path, tmp_path: Path):
+    options = ("--device", "cuda", "--precision", "bf16", "--epochs", "8")
+    whole = run(shards, tmp_path / "whole", *options, "--max_steps", "12")
+    run(shards, tmp_path / "parts", *options, "--max_steps", "5")
+    parts = run(shards, tmp_path / "parts", *options, "--max_steps", "12")
+    assert len(parts) == 12
+    assert parts == pytest.approx(whole, rel=0.02)
+    assert checkpoint.load_newest(tmp_path / "parts")[0]["step"] == 12
