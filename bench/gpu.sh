@@ -3,8 +3,9 @@
 #
 #   bash bench/gpu.sh [SHARDS]      SHARDS: a folder that make-shards wrote; without it, pictures are drawn and packed
 #
-# Results go to $OUT, or to bench/results/. Needs python3 with torch >= 2.11, torchvision, DALI, jsonargparse, rich,
-# pyyaml, tensorboard, pillow, pytest and hypothesis on PYTHONPATH.
+# Results go to $OUT, or to bench/results/. Needs python3 with torch >= 2.11, torchvision, DALI, jsonargparse,
+# docstring-parser, typeshed-client, annotated-types, rich, pyyaml, tensorboard, pillow, pytest, pytest-timeout and
+# hypothesis on PYTHONPATH.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 out=${OUT:-bench/results}

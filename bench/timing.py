@@ -80,7 +80,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """The commit of this checkout, with a + if it was changed since; empty outside of one."""
+    """The commit of this checkout, with a + if it was changed since; empty outside of one, or without git."""
     here = Path(__file__).resolve().parent
     ask = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
-    return subprocess.run(ask, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    try:
+        return subprocess.run(ask, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        return ""

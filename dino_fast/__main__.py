@@ -36,7 +36,7 @@ def _knn(arguments: Sequence[str]) -> int:
 
     try:
         return knn_command(arguments)
-    except UserError as error:
+    except (UserError, OSError) as error:  # TimeoutError is an OSError
         print(f"dino-fast knn: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -65,18 +65,18 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def load_newest(folder: Path) -> tuple[dict[str, Any], list[str]] | None:
-    """The newest good checkpoint of a folder, with a warning for each damaged one passed over; None if there is none.
+def load_newest(folder: Path) -> tuple[dict[str, Any], list[Path]] | None:
+    """The newest good checkpoint of a folder, and the damaged ones that were passed over; None if there is none.
 
     Raises UserError if there are checkpoints, but no good one.
     """
-    warnings: list[str] = []
+    damaged: list[Path] = []
     paths = checkpoints(folder)
     for path in reversed(paths):
         try:
-            return load(path), warnings
-        except Damaged as error:
-            warnings.append(f"{error}; going back to the one before")
+            return load(path), damaged
+        except Damaged:
+            damaged.append(path)
     if paths:
         raise UserError(f"{folder}: all {len(paths)} checkpoints are damaged; choose another --output to start anew")
     return None

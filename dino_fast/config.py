@@ -194,6 +194,8 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
                 f"loss.{name} = {getattr(recipe.loss, name)} is not below loss.student_temp = "
                 f"{recipe.loss.student_temp}: the teacher must be the sharper one; the published value is 0.04"
             )
+    if recipe.data.decode == "torch" and recipe.data.decode_device == "gpu":
+        yield "data.decode_device = gpu goes with data.decode = dali only: torch decodes on the CPU"
     for name in ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs"):
         if look_up(recipe, name) > recipe.epochs:
             yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"

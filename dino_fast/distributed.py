@@ -50,10 +50,9 @@ def join(device: str) -> Iterator[Ranks]:
         return
     on_gpu = chosen.type == "cuda"
     dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=chosen if on_gpu else None)
-    try:
-        yield Ranks(rank, world, chosen)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, world, chosen)
+    # Not after an error: there it would wait for ranks that wait for this one, before a line is printed.
+    dist.destroy_process_group()
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:

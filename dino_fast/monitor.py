@@ -7,6 +7,7 @@ import contextlib
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,7 +51,8 @@ class Clock:
 class Monitor:
     """Counts every step; every `log_every` steps it reads the device and writes what it found.
 
-    All ranks tick (the figures are means over the ranks); the first one displays and writes.
+    All ranks tick: the figures are means over the ranks, and their bad samples together. The first one displays and
+    writes.
     """
 
     def __init__(
@@ -61,8 +63,8 @@ class Monitor:
         self._sums: Tensor | None = None  # of loss, teacher entropy and gradient norm since the last log
         self._steps, self._stall, self._reported = 0, 0.0, 0
         self._clock = Clock()
-        self._display = Display(start, stop) if ranks.first else None
         self._writers = Writers(output, start) if ranks.first else None
+        self._display = Display(start, stop) if ranks.first else None
 
     def __enter__(self) -> "Monitor":
         return self
@@ -83,8 +85,15 @@ class Monitor:
         elif self._display is not None:
             self._display.advance(step + 1)
         for report in list(loader.bad.values())[self._reported :]:
-            self.say(f"replaced: {report}")
+            self._report(f"replaced: {report}")
             self._reported += 1
+
+    def _report(self, line: str) -> None:
+        """Every rank has samples of its own to report."""
+        if self._display is not None:
+            self.say(line)
+        else:
+            print(f"rank {self._ranks.rank}: {line}", file=sys.stderr, flush=True)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """Leave what is done inside (a checkpoint) out of the images per second."""
@@ -97,16 +106,20 @@ class Monitor:
 
     def _log(self, step: int, at: Hyper, loader: Loader) -> None:
         assert self._sums is not None
-        if self._ranks.world > 1:
-            dist.all_reduce(self._sums)
-        loss, entropy, norm = (self._sums / (self._steps * self._ranks.world)).tolist()  # waits for the device
+        world = self._ranks.world
+        totals = torch.cat(
+            [self._sums / self._steps, self._sums.new_tensor([loader.stall - self._stall, len(loader.bad)])]
+        )
+        if world > 1:
+            dist.all_reduce(totals)
+        loss, entropy, norm, stall, bad = totals.tolist()  # waits for the device
         seconds = max(self._clock.read(), 1e-9)
         rate = self._steps * self._batch / seconds
         row = {
-            "step": step, "epoch": step // self._steps_per_epoch, "loss": loss, "teacher_entropy": entropy,
-            "grad_norm": norm, "lr": at.lr, "weight_decay": at.weight_decay, "ema_momentum": at.momentum,
-            "teacher_temp": at.teacher_temp, "images_per_s": rate, "images_per_s_per_gpu": rate / self._ranks.world,
-            "stall": min(1.0, (loader.stall - self._stall) / seconds), "bad_samples": len(loader.bad),
+            "step": step, "epoch": step // self._steps_per_epoch, "loss": loss / world,
+            "teacher_entropy": entropy / world, "grad_norm": norm / world, "lr": at.lr, "weight_decay": at.weight_decay,
+            "ema_momentum": at.momentum, "teacher_temp": at.teacher_temp, "images_per_s": rate,
+            "images_per_s_per_gpu": rate / world, "stall": min(1.0, stall / world / seconds), "bad_samples": int(bad),
             "seconds": seconds, "time": time.time(),
         }  # fmt: skip
         self._sums, self._steps, self._stall = None, 0, loader.stall
@@ -176,13 +189,18 @@ class Writers:
 
 def _rewound(path: Path, start: int) -> TextIO:
     """Open a metrics file for appending, without its rows of steps from `start` on and a half-written last one."""
-    kept = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                if json.loads(line)["step"] < start:
-                    kept.append(line + "\n")
+        kept = [line + "\n" for line in path.read_text(encoding="utf-8").splitlines() if _step_in(line) < start]
         temporary = path.with_suffix(".writing")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
     return open(path, "a", encoding="utf-8")
+
+
+def _step_in(line: str) -> float:
+    """The step of a row; after everything for one that was cut off, before everything for a line of somebody else's."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return math.inf
+    return row["step"] if isinstance(row, dict) and isinstance(row.get("step"), int) else -1

@@ -142,7 +142,8 @@ class TrainStep:
         self.teacher.load_state_dict(state["teacher"])
         self.center.copy_(state["center"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty from a run without loss scaling
+            self.scaler.load_state_dict(state["scaler"])
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:

@@ -5,7 +5,6 @@ One process: `dino-fast train --config FILE`. Many: `torchrun --nproc_per_node N
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,7 @@ from dino_fast.distributed import Ranks, join, parallel
 from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
 from dino_fast.schedules import Schedules, scaled_lr
-from dino_fast.step import StepOutput, TrainStep, build_student_teacher
+from dino_fast.step import TrainStep, build_student_teacher
 from pipelines.loader import Loader
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -59,6 +58,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     start, notes = resume(recipe, ranks, step, index.fingerprint)
     stop = min(recipe.max_steps or schedules.total_steps, schedules.total_steps)
     every = recipe.checkpoint.every_steps or schedules.steps_per_epoch
+    milestone = recipe.checkpoint.keep_every_epochs * schedules.steps_per_epoch
 
     # ---- The loop
     with Monitor(
@@ -72,11 +72,10 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
             out = step(batch.globals, batch.locals, at)
             monitor.tick(batch.step, at, out, loader)
             done = batch.step + 1
-            if done % every == 0 or done == stop:
+            if ranks.first and (done % every == 0 or done == stop or (milestone and done % milestone == 0)):
+                require_finite(done, step)
                 with monitor.paused():
-                    require_finite(batch.step, out)
-                    if ranks.first:
-                        save(recipe, done, step, index.fingerprint, schedules.steps_per_epoch)
+                    save(recipe, done, step, index.fingerprint, milestone)
     return output
 
 
@@ -102,9 +101,9 @@ def build_step(recipe: Recipe, ranks: Ranks) -> TrainStep:
 def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> tuple[int, list[str]]:
     """Load the newest good checkpoint into `step` on every rank. Returns the next step to run, and what to tell.
 
-    UserError if the checkpoint is of another recipe or data and `accept_changes` is off.
+    UserError if the checkpoint is of another recipe or data and `accept_changes` is off, or does not fit the networks.
     """
-    found: list[Any] = [checkpoint.load_newest(Path(recipe.output)) if ranks.first else None]
+    found: list[Any] = [newest(Path(recipe.output)) if ranks.first else None]
     if ranks.world > 1:
         dist.broadcast_object_list(found, device=ranks.device)
     if found[0] is None:
@@ -113,31 +112,44 @@ def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> t
     changes = list(differences(state["recipe"], plain(recipe)))
     if state["data"] != fingerprint:
         changes.append(f"data.train: {recipe.data.train} holds other data than the run began with")
+    what = f"--output {recipe.output} holds a run of another recipe ({'; '.join(changes)})"
     if changes and not recipe.accept_changes:
-        raise UserError(
-            f"--output {recipe.output} holds a run of another recipe ({'; '.join(changes)}): undo that, choose another "
-            "--output, or pass --accept_changes true"
-        )
-    step.load_state_dict(state["model"])
+        raise UserError(f"{what}: undo that, choose another --output, or pass --accept_changes true")
+    try:
+        step.load_state_dict(state["model"])
+    except (RuntimeError, KeyError, ValueError) as error:
+        raise UserError(f"{what}, whose state does not fit this one's: choose another --output") from error
     return state["step"], [*notes, f"resumed from step {state['step']} of {recipe.output}", *changes]
 
 
-def require_finite(step: int, out: StepOutput) -> None:
-    """UserError if the loss is no number any more: nothing after it is worth keeping."""
-    loss = float(out.loss)
-    if not math.isfinite(loss):
+def newest(output: Path) -> tuple[dict[str, Any], list[str]] | None:
+    """The newest good checkpoint's state and what to tell. Damaged ones are put aside, so that they do not count among
+    those that are kept."""
+    found = checkpoint.load_newest(output)
+    if found is None:
+        return None
+    state, damaged = found
+    for path in damaged:
+        path.rename(path.with_name(f"damaged-{path.name}"))
+    return state, [f"{path} is damaged: put aside, and the one before is used" for path in damaged]
+
+
+def require_finite(done: int, step: TrainStep) -> None:
+    """UserError if the student's weights are no numbers any more: they would replace the last good checkpoint."""
+    norms = torch.stack(torch._foreach_norm(list(step.bare_student.parameters())))
+    if not norms.isfinite().all():
         raise UserError(
-            f"the loss is {loss} at step {step}: lower --optim.lr, or use --precision bf16 or fp32; the last "
-            "checkpoint is from before"
+            f"the weights after step {done} are not finite: lower --optim.lr, or use --precision bf16 or fp32; the "
+            "last checkpoint is from before"
         )
 
 
-def save(recipe: Recipe, done: int, step: TrainStep, fingerprint: str, steps_per_epoch: int) -> None:
+def save(recipe: Recipe, done: int, step: TrainStep, fingerprint: str, milestone: int) -> None:
     """Write the checkpoint after `done` steps, then drop those that are no longer kept."""
     output = Path(recipe.output)
     state = {"recipe": plain(recipe), "data": fingerprint, "model": step.state_dict()}
     checkpoint.save(output, done, state)
-    checkpoint.prune(output, recipe.checkpoint.keep, recipe.checkpoint.keep_every_epochs * steps_per_epoch)
+    checkpoint.prune(output, recipe.checkpoint.keep, milestone)
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -162,12 +174,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             last = checkpoint.checkpoints(output)[-1]
             print(f"done: {last}\nnext: dino-fast knn --checkpoint {last} --train {recipe.data.train} --val VAL_SHARDS")
         return 0
-    except UserError as error:
+    except (UserError, TimeoutError) as error:
         print(f"dino-fast train: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         print(f"dino-fast train: {what}; mend that, and the same command again goes on", file=sys.stderr)
+        return 1
+    except torch.OutOfMemoryError:
+        print("dino-fast train: out of GPU memory: lower --batch_size, or use more GPUs", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dino-fast train: stopped; the same command again goes on from the last checkpoint", file=sys.stderr)

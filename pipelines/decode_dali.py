@@ -15,6 +15,7 @@ from torch.utils.dlpack import from_dlpack
 from pipelines.crops import CropRecipe, Windows
 from pipelines.decode_torch import decode_and_crop
 from pipelines.request import Request, Undecodable
+from shards.errors import UserError
 
 TINY = 16  # pixels
 
@@ -93,7 +94,10 @@ class DaliDecoder:
             flying.append(request)
             return encode_input(request.samples, request.windows)
 
-        pipeline = build_pipeline(self._recipe, source, self._batch, self._device, self._threads, self._depth)
+        try:
+            pipeline = build_pipeline(self._recipe, source, self._batch, self._device, self._threads, self._depth)
+        except RuntimeError as error:
+            raise UserError(f"DALI does not start here ({_reason(error)}): pass --data.decode torch") from error
         while True:
             try:
                 crops = self._run(pipeline)
@@ -101,7 +105,7 @@ class DaliDecoder:
                 return
             except Undecodable as error:
                 if not flying:  # not a picture's fault
-                    raise
+                    raise UserError(f"DALI does not run here ({error}): pass --data.decode torch") from error
                 yield flying.popleft(), error
                 continue
             request = flying.popleft()
@@ -143,6 +147,7 @@ class DaliDecoder:
 
 
 def _reason(error: RuntimeError) -> str:
-    """DALI's own words for it: they stand after "encountered:"."""
-    after = str(error).partition("encountered:")[2].strip()
-    return after.splitlines()[0].strip(" :") if after else "DALI does not decode it"
+    """DALI's own words for it, in one line: they stand after "encountered:", or at the end."""
+    text = str(error)
+    lines = [line.strip(" :") for line in (text.partition("encountered:")[2] or text).splitlines() if line.strip(" :")]
+    return (lines[0] if "encountered:" in text else lines[-1]) if lines else type(error).__name__

@@ -38,7 +38,7 @@ class DataRecipe:
     threads: Annotated[int, Ge(0), Le(512)] = 0
     """CPU threads that decode, for each rank; 0: the machine's cores over its ranks"""
     prefetch: Annotated[int, Ge(1), Le(64)] = 2
-    """batches made ahead of the step"""
+    """length of the queues: requests read ahead, batches being decoded, and batches ready for the step"""
     max_bad_samples: Annotated[int, Ge(0)] = 100
     """unreadable samples that each rank replaces before it stops the run"""
 
@@ -79,6 +79,10 @@ class Loader:
         if len(index) < batch:
             raise UserError(f"--batch_size {batch} is larger than {index.folder} ({len(index)} samples): lower it")
         self._index, self._data, self._crops, self._colours = index, data, crops, colours
+        if device == torch.device("cuda"):
+            device = torch.device("cuda", torch.cuda.current_device())
+        if data.decode_device == "gpu" and device.type != "cuda":
+            raise UserError("--data.decode_device gpu: this run is not on a GPU; pass auto or cpu")
         self._seed, self._device, self._dtype = seed, device, dtype
         self._rank, self._world, self._share = rank, world, batch // world
         self.order = Order(len(index), batch, seed)
@@ -122,6 +126,8 @@ class Loader:
                 f"{report}. Run `make-shards check {self._index.folder}`"
             )
         attempts[place] += 1
+        if attempts[place] > self._data.max_bad_samples:
+            raise UserError(f"{self._index.folder}: no readable substitute for a bad sample; the last: {report}")
         ids[place] = self.order.substitute(step, self._rank * self._share + place, int(attempts[place]))
 
     # Making: crops and colours
@@ -161,7 +167,10 @@ class Loader:
         attempts = np.zeros(len(request.ids), np.int64)
         pictures = [self._mended_one(decoder, request, attempts, place) for place in range(len(request.ids))]
         if not attempts.any():
-            raise error  # every picture decodes alone: it was not a picture's fault
+            raise UserError(
+                f"decoding step {request.step} failed, though each of its pictures decodes alone ({error}): lower "
+                "--batch_size, or pass --data.decode torch"
+            )
         return [torch.stack(views) for views in zip(*pictures, strict=True)]
 
     def _mended_one(

@@ -71,8 +71,10 @@ class Order:
         return permute(np.arange(first, first + share), self.samples, self.seed, epoch)
 
     def substitute(self, step: int, place: int, attempt: int) -> int:
-        """The id that stands in for a bad sample at `place` of the step's global batch: the `attempt`-th (from 1) that
-        comes a whole number of batches later in the epoch's permutation, so no two places share a substitute."""
+        """The id that stands in for a bad sample at `place` of the step's global batch: the one `attempt` (from 1)
+        batches later in the epoch's permutation, one further with each time round, so that every sample gets its turn.
+        No two places share the substitute of one attempt."""
         epoch, within = divmod(step, self.steps_per_epoch)
-        position = ((within + attempt) * self.batch + place) % self.samples
+        ahead = attempt * self.batch
+        position = (within * self.batch + place + ahead + ahead // self.samples) % self.samples
         return int(permute([position], self.samples, self.seed, epoch)[0])

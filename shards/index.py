@@ -85,7 +85,11 @@ class ShardIndex:
             self._files.clear()
 
     def read(self, ids: Iterable[int]) -> list[bytes]:
-        """The compressed pictures of `ids`, in that order. Raises BadSample for the first whose bytes are not right."""
+        """The compressed pictures of `ids`, in that order.
+
+        Raises BadSample for the first whose bytes are not right, and UserError where the storage does not answer,
+        which is no fault of a sample's.
+        """
         return [self._read(int(id)) for id in ids]
 
     def key(self, id: int) -> str:
@@ -120,7 +124,8 @@ class ShardIndex:
         try:
             data = self._bytes(record, int(record["offset"]), size)
         except OSError as error:
-            raise self._bad(id, self._key_or_mark(id), f"unreadable ({error.strerror})") from error
+            path = self.folder / self._shard(record)
+            raise UserError(f"{path}: {error.strerror}; see to the storage, then run the same command again") from error
         if len(data) != size:
             raise self._bad(id, self._key_or_mark(id), f"the file ends after {len(data)} of {size} bytes")
         if zlib.crc32(data) != record["crc32"]:

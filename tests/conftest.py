@@ -16,7 +16,7 @@ settings.load_profile("unhurried")
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 # The small tensors of tests lose more to waking threads than they gain.
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

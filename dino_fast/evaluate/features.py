@@ -1,5 +1,6 @@
 """Frozen features of labelled shards, and the network that gives them."""
 
+import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +18,9 @@ from shards.index import ShardIndex
 BATCH = 64
 
 
-def load_backbone(path: Path, network: Literal["teacher", "student"]) -> tuple[nn.Module, dict[str, Any]]:
-    """The backbone of a checkpoint file, or of the newest one in a run's folder, and the run's recipe as plain data.
+def load_backbone(path: Path, network: Literal["teacher", "student"]) -> tuple[nn.Module, dict[str, Any], int]:
+    """The backbone of a checkpoint file, or of the newest one in a run's folder; the run's recipe as plain data; the
+    steps that were done.
 
     UserError for a file that is no checkpoint, or a folder without one.
     """
@@ -28,7 +30,9 @@ def load_backbone(path: Path, network: Literal["teacher", "student"]) -> tuple[n
             raise UserError(
                 f"--checkpoint {path}: no checkpoint in this folder; pass a step-….pt file or a run's folder"
             )
-        state = found[0]
+        state, damaged = found
+        for file in damaged:
+            print(f"{file} is damaged: the checkpoint before is used", file=sys.stderr)
     else:
         state = checkpoint.load(path)
     backbone, _ = build_backbone(state["recipe"]["backbone"])
@@ -38,7 +42,7 @@ def load_backbone(path: Path, network: Literal["teacher", "student"]) -> tuple[n
         if name.startswith("backbone.")
     }
     backbone.load_state_dict(weights)
-    return backbone, state["recipe"]
+    return backbone, state["recipe"], state["step"]
 
 
 @torch.inference_mode()

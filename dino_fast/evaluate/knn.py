@@ -106,22 +106,23 @@ def knn_score(
 def knn_command(arguments: Sequence[str]) -> int:
     """`dino-fast knn`: print the scores of a checkpoint's backbone, and write them to --json FILE."""
     options = _parser().parse_args(arguments)
-    backbone, recipe = load_backbone(options.checkpoint, options.network)
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"--json {options.json}: no such folder; make it first")
+    backbone, recipe, step = load_backbone(options.checkpoint, options.network)
     crop = options.crop or recipe["crops"]["global_size"]
     resize = options.resize or round(crop * 256 / 224)
     if resize < crop:
         raise UserError(f"--resize {resize} is smaller than the crop of {crop} pixels: raise it, or lower --crop")
     with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
         scores = knn_score(backbone, train, val, resize, crop, choose_device(options.device, 0))
-        print(
-            f"{options.network}'s backbone, resize {resize}, crop {crop}: {len(train)} train, {len(val)} val pictures"
-        )
+        print(f"{options.network} after {step} steps: {len(train)} train and {len(val)} val pictures")
+        print(f"short side {resize}, centre crop {crop}, temperature {TEMPERATURE}")
     for k, score in scores.items():
         print(f"k = {k:3d}: top-1 {score.top1:6.2f} %   top-5 {score.top5:6.2f} %")
     if options.json:
         result = {
-            "checkpoint": str(options.checkpoint), "network": options.network, "resize": resize, "crop": crop,
-            "temperature": TEMPERATURE, "knn": {str(k): asdict(score) for k, score in scores.items()},
+            "checkpoint": str(options.checkpoint), "step": step, "network": options.network, "resize": resize,
+            "crop": crop, "temperature": TEMPERATURE, "knn": {str(k): asdict(score) for k, score in scores.items()},
         }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0

@@ -87,16 +87,21 @@ class Run:
         out, err = self._process.communicate(timeout=timeout)
         return self._process.returncode, out, err
 
-    def kill_when(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
-        """kill -9 the whole group as soon as `condition` holds. False if the run ended before."""
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
+        """Wait until `condition` holds. False if the run ended before."""
         deadline = time.monotonic() + timeout
         while not condition():
             if self._process.poll() is not None:
                 return False
-            assert time.monotonic() < deadline, "the moment to kill never came"
+            assert time.monotonic() < deadline, "the moment never came"
             time.sleep(0.001)
-        self.kill()
         return True
+
+    def kill_when(self, condition: Callable[[], bool]) -> bool:
+        """kill -9 the whole group as soon as `condition` holds. False if the run ended before."""
+        waited = self.wait_until(condition)
+        self.kill()
+        return waited
 
     def kill(self) -> None:
         if self._process.poll() is None:

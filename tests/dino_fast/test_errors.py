@@ -69,13 +69,9 @@ def test_another_recipe_or_other_data_in_the_output(refused, train_here, labelle
 
 
 def test_two_runs_in_one_output(run, tmp_path: Path):
-    first = run("--max_steps", "1000", "--epochs", "1000")
-    started = tmp_path / "run" / "metrics.jsonl"
-    second = None
-    while second is None:
-        if started.exists():
-            second = run("--max_steps", "3")
-    status, _, errors = second.finish()
+    first = run("--max_steps", "10000", "--epochs", "10000")
+    first.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
+    status, _, errors = run("--max_steps", "3").finish()
     assert status == 1
     assert "another run is writing into it" in errors
     first.kill()
@@ -90,13 +86,21 @@ def test_all_checkpoints_damaged(refused, train_here, tmp_path: Path, capsys):
 
 
 def test_a_nan_is_no_checkpoint(refused, tmp_path: Path):
-    line = refused("--optim.lr", "1e30", "--optim.warmup_epochs", "0", "--optim.clip_grad", "0")
-    assert "the loss is nan" in line
-    assert "lower --optim.lr" in line
-    kept = list((tmp_path / "run").glob("step-*.pt"))
-    for path in kept:
+    options = ("--optim.lr", "1e38", "--optim.clip_grad", "0", "--checkpoint.every_steps", "1")
+    line = refused(*options)
+    assert "are not finite: lower --optim.lr" in line
+    for path in (tmp_path / "run").glob("step-*.pt"):
         state = torch.load(path, weights_only=True)
         assert all(value.isfinite().all() for value in state["model"]["student"].values())
+
+
+def test_a_state_that_does_not_fit_is_refused_even_if_changes_are_accepted(refused, train_here, tmp_path: Path, capsys):
+    assert train_here(tmp_path / "run", "--max_steps", "2") == 0
+    capsys.readouterr()
+    for change in (("--optim.name", "adamw"), ("--head.out_dim", "48"), ("--backbone", "resnet34")):
+        line = refused("--max_steps", "3", "--accept_changes", "true", *change)
+        assert "does not fit this one's: choose another --output" in line
+    assert train_here(tmp_path / "run", "--max_steps", "3", "--accept_changes", "true", "--precision", "fp16") == 0
 
 
 def as_nobody(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:

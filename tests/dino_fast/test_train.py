@@ -1,12 +1,14 @@
 """The training run: what it writes, that it resumes to the bit, and that two ranks are one."""
 
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
 from dino_fast import checkpoint
+from dino_fast.__main__ import main as dino_fast
 
 
 def state_of(output: Path) -> dict:
@@ -14,7 +16,9 @@ def state_of(output: Path) -> dict:
 
 
 def rows_of(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    """What was logged, but for a line that is still being written."""
+    path = output / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines(True) if line[-1] == "\n"] if path.exists() else []
 
 
 def assert_equal_runs(one: Path, other: Path) -> None:
@@ -97,45 +101,90 @@ def test_two_ranks_are_one_with_the_same_global_batch(run, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path: Path, ranks: int):
-    """kill -9 of the whole process group: between checkpoints (after a random time) and during them."""
-    import random
-    import time
-
+    """kill -9 of the whole process group, in turn while a checkpoint is being written and some steps after one."""
     moments = random.Random(ranks)
-    options = ("--max_steps", "40", "--epochs", "8", "--checkpoint.every_steps", "2")
+    options = ("--max_steps", "100", "--epochs", "20", "--checkpoint.every_steps", "2")
     status, _, errors = run(*options, output="whole", ranks=ranks).finish()
     assert status == 0, errors
     output, kills, during = tmp_path / "killed", 0, 0
-    for number in range(24):
+    while kills < 12:
         process = run(*options, output="killed", ranks=ranks)
-        newest = checkpoint.checkpoints(output)[-1:] if output.exists() else []
-        if number % 2:
+        if kills % 2:
             killed = process.kill_when(lambda: bool(list(output.glob(".writing-*"))))
             during += killed and bool(list(output.glob(".writing-*")))
         else:
-            while checkpoint.checkpoints(output)[-1:] == newest and process._process.poll() is None:
-                time.sleep(0.005)
-            rest = time.monotonic() + moments.uniform(0, 0.3)
-            killed = process.kill_when(lambda rest=rest: time.monotonic() > rest)
-        kills += killed
-        if not killed:
-            break
+            last = len(rows_of(output)) + moments.randrange(1, 6)
+            killed = process.kill_when(lambda last=last: len(rows_of(output)) >= last)
+        assert killed, f"the run ended after {kills} kills"
+        kills += 1
     status, _, errors = run(*options, output="killed", ranks=ranks).finish()
     assert status == 0, errors
-    assert kills >= 10
     assert during >= 2
     assert_equal_runs(tmp_path / "whole", output)
 
 
 def test_killed_during_training_and_during_a_checkpoint_a_run_ends_the_same(run, tmp_path: Path):
     """The quick form of the slow test: one kill of each kind."""
-    options = ("--max_steps", "9",)  # fmt: skip
+    options = ("--max_steps", "9")
     whole = run(*options, output="whole")
     output = tmp_path / "killed"
-    assert run(*options, output="killed").kill_when(lambda: bool(checkpoint.checkpoints(output)))
-    run(*options, output="killed").kill_when(lambda: bool(list(output.glob(".writing-*"))))
+    assert run(*options, output="killed").kill_when(lambda: len(rows_of(output)) >= 4)
+    assert run(*options, output="killed").kill_when(lambda: bool(list(output.glob(".writing-*"))))
     for process in (whole, run(*options, output="killed")):
         status, _, errors = process.finish()
         assert status == 0, errors
     assert_equal_runs(tmp_path / "whole", output)
     assert not list(output.glob(".writing-*"))
+
+
+def test_two_ranks_resume(run, tmp_path: Path):
+    options = ("--epochs", "2", "--max_steps")
+    whole = run(*options, "4", output="whole", ranks=2)
+    for stop in ("2", "4"):
+        status, out, errors = run(*options, stop, output="parts", ranks=2).finish()
+        assert status == 0, errors
+    assert "resumed from step 2" in out
+    assert whole.finish()[0] == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_milestones_are_saved_and_kept_whatever_else_is(train_here, tmp_path: Path):
+    options = ("--checkpoint.every_steps", "4", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs", "1")
+    assert train_here(tmp_path / "run", *options) == 0  # five steps an epoch
+    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / "run")] == [5, 10, 12]
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_run_ends_the_same(train_here, tmp_path: Path, capsys):
+    assert train_here(tmp_path / "whole") == 0
+    assert train_here(tmp_path / "run", "--max_steps", "8") == 0
+    last = checkpoint.checkpoints(tmp_path / "run")[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    capsys.readouterr()
+    assert train_here(tmp_path / "run") == 0
+    printed = capsys.readouterr().out
+    assert f"{last.name} is damaged: put aside" in printed
+    assert "resumed from step 6" in printed
+    assert (tmp_path / "run" / f"damaged-{last.name}").exists()
+    assert_equal_runs(tmp_path / "whole", tmp_path / "run")
+
+
+def test_metrics_of_somebody_else_stay(train_here, tmp_path: Path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"note": "mine"}\n{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
+    assert train_here(tmp_path / "run", "--max_steps", "1") == 0
+    assert [row.get("note", row.get("step")) for row in rows_of(tmp_path / "run")] == ["mine", 0]
+
+
+def test_knn_scores_a_run(train_here, labelled_shards: Path, tmp_path: Path, capsys):
+    assert train_here(tmp_path / "run", "--max_steps", "2") == 0
+    capsys.readouterr()
+    data = ["--train", str(labelled_shards), "--val", str(labelled_shards)]
+    arguments = ["knn", "--checkpoint", str(tmp_path / "run"), *data, "--json", str(tmp_path / "score.json")]
+    assert dino_fast([*arguments, "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert (score["resize"], score["crop"], score["step"], score["network"]) == (37, 32, 2, "teacher")
+    assert sorted(map(int, score["knn"])) == [10, 20, 100, 200]
+    # Dark and bright pictures, each of them among its own neighbours: any features tell them apart.
+    assert score["knn"]["10"]["top1"] > 90
+    assert f"top-1 {score['knn']['10']['top1']:6.2f} %" in printed

@@ -158,6 +158,29 @@ def test_too_many_bad_samples_stop_the_run(shard_folder: Path, tmp_path: Path):
             list(loader.batches(0, 5))
 
 
+def test_nothing_readable_is_an_error_and_no_endless_search(shard_folder: Path, tmp_path: Path):
+    with ShardIndex(damaged_copy(shard_folder, tmp_path, list(range(42)))) as damaged:
+        loader = build(damaged, batch=42, max_bad_samples=60)
+        with pytest.raises(UserError, match="no readable substitute"):
+            list(loader.batches(0, 1))
+
+
+def test_storage_that_does_not_answer_is_no_bad_sample(shard_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(shard_folder, tmp_path / "going")
+    with ShardIndex(folder) as index:
+        loader = build(index)
+        for path in folder.glob("*.tar"):
+            path.unlink()
+        with pytest.raises(UserError, match="see to the storage"):
+            list(loader.batches(0, 1))
+        assert not loader.bad
+
+
+def test_a_gpu_decoder_needs_a_gpu(index: ShardIndex):
+    with pytest.raises(UserError, match="not on a GPU"):
+        build(index, decode_device="gpu")
+
+
 def test_wrong_batch_sizes_are_refused(index: ShardIndex):
     with pytest.raises(UserError, match="not a multiple of the 3 ranks"):
         build(index, batch=8, world=3)

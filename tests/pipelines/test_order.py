@@ -71,6 +71,11 @@ def test_substitutes_of_one_step_differ(step, attempt):
         assert not set(substitutes) & set(order.ids(step).tolist())
 
 
+def test_every_sample_gets_its_turn_as_a_substitute_even_where_a_batch_is_the_whole_set():
+    order = Order(16, 16, seed=0)
+    assert {order.substitute(3, 4, attempt) for attempt in range(1, 17)} == set(range(16))
+
+
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="lower --batch_size"):
         Order(7, 8, 0)
