@@ -15,8 +15,9 @@ from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from torch import Tensor
 
 from dino_fast.distributed import Ranks
@@ -128,14 +129,22 @@ class Monitor:
             self._writers.write(row)
 
 
+class _TwoLines(Progress):
+    """The bar above, the figures below: together they are wider than a terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["figures"]) for task in self.tasks)
+
+
 class Display:
     """A rich progress bar on a terminal; elsewhere one plain line a log."""
 
     def __init__(self, start: int, stop: int) -> None:
         self._console, self._stop = Console(), stop
-        self._progress = Progress(
-            TextColumn("epoch {task.fields[epoch]}"), BarColumn(None), MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"), TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+        self._progress = _TwoLines(
+            TextColumn("epoch {task.fields[epoch]}  step"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(),
+            TextColumn("ETA"), TimeRemainingColumn(),
             console=self._console, disable=not self._console.is_terminal, speed_estimate_period=300,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=stop, completed=start, epoch="–", figures="")

@@ -1,3 +1,4 @@
+import contextlib
 import os
 import signal
 import subprocess
@@ -98,12 +99,23 @@ class Run:
         return True
 
     def kill_when(self, condition: Callable[[], bool]) -> bool:
-        """kill -9 the whole group as soon as `condition` holds. False if the run ended before."""
+        """kill -9 all of it as soon as `condition` holds. False if the run ended before."""
         waited = self.wait_until(condition)
         self.kill()
         return waited
 
     def kill(self) -> None:
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+        """kill -9 the command and all that it started. torchrun's ranks are in process groups of their own."""
+        for pid in [*descendants(self._process.pid), self._process.pid] if self._process.poll() is None else []:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self._process.communicate()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes below `pid`, from /proc."""
+    try:
+        children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):
+        return []
+    return [other for child in children for other in (child, *descendants(child))]

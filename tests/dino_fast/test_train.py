@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -101,7 +102,7 @@ def test_two_ranks_are_one_with_the_same_global_batch(run, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path: Path, ranks: int):
-    """kill -9 of the whole process group, in turn while a checkpoint is being written and some steps after one."""
+    """kill -9 of all processes, in turn while a checkpoint is being written and some steps after one."""
     moments = random.Random(ranks)
     options = ("--max_steps", "100", "--epochs", "20", "--checkpoint.every_steps", "2")
     status, _, errors = run(*options, output="whole", ranks=ranks).finish()
@@ -173,6 +174,16 @@ def test_metrics_of_somebody_else_stay(train_here, tmp_path: Path):
     (tmp_path / "run" / "metrics.jsonl").write_text('{"note": "mine"}\n{"step": 7, "loss": 1.0}\n{"step": 8, "lo')
     assert train_here(tmp_path / "run", "--max_steps", "1") == 0
     assert [row.get("note", row.get("step")) for row in rows_of(tmp_path / "run")] == ["mine", 0]
+
+
+def test_on_a_terminal_there_is_a_bar_with_the_figures_below(train_here, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich: as on a terminal
+    monkeypatch.setenv("COLUMNS", "80")
+    assert train_here(tmp_path / "run", "--max_steps", "3") == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().out).replace("\r", "\n").splitlines()
+    assert any(re.fullmatch(r"epoch 1/1  step 3/3 ━+ \d:\d\d:\d\d ETA .*", line) for line in shown)
+    assert any(re.match(r"loss \d\.\d{4}  [\d.]+ img/s per GPU  [\d.]+ total  stall [\d.]+ %", line) for line in shown)
+    assert all(len(line.rstrip()) <= 80 for line in shown if "━" in line or "img/s" in line)
 
 
 def test_knn_scores_a_run(train_here, labelled_shards: Path, tmp_path: Path, capsys):
