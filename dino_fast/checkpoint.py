@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from shards.errors import UserError
+from shards.folder import sync_folder
 from shards.layout import file_sha256
 
 FORMAT = 1
@@ -34,7 +35,7 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
             os.fsync(file.fileno())
         final = folder / f"step-{step:08d}-{_digest(temporary)}.pt"
         os.replace(temporary, final)
-        _sync_folder(folder)
+        sync_folder(folder)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
@@ -111,12 +112,3 @@ def _leftovers(folder: Path) -> Iterator[Path]:
 
 def _digest(path: Path) -> str:
     return file_sha256(path)[:16]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
