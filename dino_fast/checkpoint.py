@@ -6,7 +6,6 @@ a temporary name, synced, and renamed, so a file under its final name is whole, 
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,15 +98,11 @@ def step_of(path: Path) -> int:
 def prune(folder: Path, keep: int, keep_every: int) -> None:
     """Remove all but the newest `keep` checkpoints and those of every `keep_every`-th step (0: none), and what an
     interrupted save left."""
-    for path in _leftovers(folder):
+    for path in folder.glob(".writing-*.pt"):
         path.unlink(missing_ok=True)
     for path in checkpoints(folder)[:-keep]:
         if not keep_every or step_of(path) % keep_every:
             path.unlink(missing_ok=True)
-
-
-def _leftovers(folder: Path) -> Iterator[Path]:
-    return folder.glob(".writing-*.pt")
 
 
 def _digest(path: Path) -> str:

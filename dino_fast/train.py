@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import yaml
 
 from dino_fast import checkpoint
 from dino_fast.config import Recipe, UsageError, differences, read_recipe
@@ -153,8 +152,8 @@ def save(recipe: Recipe, done: int, step: TrainStep, fingerprint: str, milestone
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as plain data, as it is stored in checkpoints and read back from YAML."""
-    settings: dict[str, Any] = yaml.safe_load(yaml.safe_dump(_listed(dataclasses.asdict(recipe))))
+    """The recipe as plain data, as it is stored in checkpoints and would be read from YAML: lists, no tuples."""
+    settings: dict[str, Any] = _listed(dataclasses.asdict(recipe))
     return settings
 
 

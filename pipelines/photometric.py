@@ -28,7 +28,7 @@ _ORDERS = np.array(list(permutations(range(4))))
 _DRAWS = 11
 BLUR_RADIUS = 7  # pixels: 3.5 sigma at the widest published blur
 SOLARIZE_THRESHOLD = 128
-# On a CPU, more pixels at once than this leave the cache and cost up to four times as much.
+# On a CPU, many more pixels at once than this cost up to four times as much (bench/LOG.md).
 CHUNK_PIXELS = 2**19
 # The mean and deviation of ImageNet's channels that every published DINO model was trained with.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
