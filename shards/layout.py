@@ -1,7 +1,8 @@
 """Every decision about the format of a shard folder: names, tar members, the index record, the manifest.
 
-A folder of shards holds ``NAME-000000.tar`` …, ``index.npy`` (one `RECORD` a sample, in the order of the shards) and
-``manifest.json``, which is written last: a folder without it is unfinished.
+A folder of shards holds ``NAME-000000.tar`` …, ``index.npy`` (one `RECORD` a sample, in the order of the shards),
+``rejected.csv`` and ``duplicates.csv`` for people, and ``manifest.json``, which is written last: a folder without it is
+unfinished. Where ``make-shards index`` was run on tars of other makers, those have whatever names they have.
 """
 
 import dataclasses
@@ -11,15 +12,22 @@ import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shards.errors import UserError
 
+if TYPE_CHECKING:
+    from shards.output import Folder
+
 FORMAT_VERSION = 1
 INDEX_FILE = "index.npy"
 MANIFEST_FILE = "manifest.json"
+REJECTED_FILE = "rejected.csv"
+DUPLICATES_FILE = "duplicates.csv"
+PARTS = ".parts"  # in a folder that is being packed into: what a restart finds
+PLAN_FILE = f"{PARTS}/plan.json"  # whose packing that is
 BLOCK = 512  # bytes: tar headers and payloads start on multiples of it
 TAR_END = bytes(2 * BLOCK)
 UNLABELLED = -1
@@ -37,9 +45,6 @@ RECORD = np.dtype(
         ("crc32", "<u4"),  # zlib.crc32 of the payload
     ]
 )
-
-# What Pillow calls the formats that shards hold → the extension in the tar. MPO is a JPEG with further pictures behind.
-EXTENSIONS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 def shard_name(name: str, number: int) -> str:
@@ -95,7 +100,7 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Rejected:
-    """A source that was left out: its path relative to the source folder, and why."""
+    """A picture that was left out: its path in the source, and why."""
 
     source: str
     reason: str
@@ -114,6 +119,8 @@ class Manifest:
     index_sha256: str
     ignored: int  # files in the source folder that are no pictures by their names
     rejected: tuple[Rejected, ...]
+    duplicates: int = 0  # samples whose bytes are those of an earlier one
+    foreign: bool = False  # the tars are another maker's: `make-shards index` described them
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
@@ -137,29 +144,35 @@ class Manifest:
             raise ValueError(f"no make-shards manifest ({error})") from error
 
 
-def load_manifest(folder: Path) -> Manifest:
-    """The manifest of a finished folder. Raises UserError where folder or manifest is missing or unreadable."""
-    path = folder / MANIFEST_FILE
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; make it with 'make-shards pack SRC {folder}'")
+def load_manifest(folder: "Folder") -> Manifest:
+    """The manifest of a finished folder. Raises UserError where it is missing or unreadable."""
+    path = f"{folder}/{MANIFEST_FILE}"
     try:
-        return Manifest.from_json(path.read_text("utf-8"))
+        return Manifest.from_json(folder.read(MANIFEST_FILE).decode())
     except FileNotFoundError:
-        raise UserError(
-            f"{folder}: no {MANIFEST_FILE}, so no finished shards; run the same 'make-shards pack' again to finish it"
-        ) from None
+        raise UserError(_unfinished(folder)) from None
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; make it readable") from error
+        raise UserError(f"{path}: {error.strerror or error}; make it readable") from error
     except ValueError as error:
         raise UserError(f"{path}: {error}; pack again, or update dino_fast where it is newer") from error
 
 
-def size_problem(folder: Path, shard: Shard) -> str | None:
+def _unfinished(folder: "Folder") -> str:
+    """Why there is no manifest, and what to do."""
+    if folder.size(PLAN_FILE) is not None:
+        return f"{folder}: no {MANIFEST_FILE} yet, so unfinished; run the same make-shards command again to finish it"
+    what = f"no {MANIFEST_FILE} in it, so no shards" if folder.names() else "no such folder, or no shards in it"
+    return (
+        f"{folder}: {what}; give a folder that 'make-shards pack' made (with --split-val: its train or val), or run "
+        f"'make-shards index {folder}' for tars that somebody else made"
+    )
+
+
+def size_problem(folder: "Folder", shard: Shard) -> str | None:
     """What is wrong with the length of a shard's file, in one line, or None."""
-    try:
-        actual = (folder / shard.file).stat().st_size
-    except OSError as error:
-        return f"{folder / shard.file}: {error.strerror}"
+    actual = folder.size(shard.file)
+    if actual is None:
+        return f"{folder}/{shard.file}: no such file"
     if actual != shard.bytes:
-        return f"{folder / shard.file}: {actual} bytes where the manifest says {shard.bytes}"
+        return f"{folder}/{shard.file}: {actual} bytes where the manifest says {shard.bytes}"
     return None
