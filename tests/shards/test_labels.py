@@ -1,0 +1,161 @@
+"""Labels from files, numbered by other sets, and fewer pictures than were listed."""
+
+import io
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shards.errors import UserError
+from shards.sources import labels, subset
+from shards.sources.listing import Collector, Listing
+
+
+def listed(names: list[str], classes: list[str] | None = None) -> Listing:
+    """Pictures of these names; of these classes, one each."""
+    collector = Collector(in_containers=False)
+    for place, name in enumerate(names):
+        collector.add(name.encode(), 1, classes[place] if classes else None)
+    listing = collector.finish("/src", "flat", "/src", (), 0)
+    return labels.number(listing, listing.labels, collector.texts(), named=True) if classes else listing
+
+
+def classes_of(listing: Listing) -> list[str]:
+    return [listing.classes[label] for label in listing.labels.tolist()]
+
+
+VAL = ["x/ILSVRC2012_val_00000002.JPEG", "x/ILSVRC2012_val_00000001.JPEG", "x/ILSVRC2012_val_00000003.JPEG"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "ImageId,PredictionString\nILSVRC2012_val_00000001,n01 1 2 3 4\nILSVRC2012_val_00000002,n02\n"
+        "ILSVRC2012_val_00000003,n01\n".replace("n0", "n0000000"),
+        "x/ILSVRC2012_val_00000003.JPEG,n00000001\nILSVRC2012_val_00000002.JPEG,n00000002\n"
+        "ILSVRC2012_val_00000001.JPEG, n00000001\nother.jpg,n00000009\n",
+        "n00000001\nn00000002\nn00000001\n",
+    ],
+    ids=["kaggle", "paths", "lines"],
+)
+def test_labels_from_a_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "labels").write_text(text)
+    listing = labels.from_file(listed(VAL), str(tmp_path / "labels"))
+    assert listing.classes == ("n00000001", "n00000002")
+    assert classes_of(listing) == ["n00000002", "n00000001", "n00000001"]
+
+
+def test_class_names_of_a_table_may_have_spaces(tmp_path: Path) -> None:
+    (tmp_path / "labels.csv").write_text('a.jpg,golden retriever\nb.jpg,"eel, electric"\n')
+    listing = labels.from_file(listed(["b.jpg", "a.jpg"]), str(tmp_path / "labels.csv"))
+    assert classes_of(listing) == ["eel, electric", "golden retriever"]
+
+
+def test_files_of_labels_that_do_not_fit(tmp_path: Path) -> None:
+    path = tmp_path / "labels"
+    for text, complaint in {
+        "n01\nn02\n": "has 2 labels for 3 pictures",
+        "ILSVRC2012_val_00000002,n02\n": "has no line for x/ILSVRC2012_val_00000001.JPEG",
+        "a,\n": "is not PICTURE,CLASS",
+        "\n\n": "holds no labels",
+        "1\n2\n3\n": "give ILSVRC2012_devkit_t12.tar.gz",
+    }.items():
+        path.write_text(text)
+        with pytest.raises(UserError, match=complaint):
+            labels.from_file(listed(VAL), str(path))
+    path.write_bytes(b"\xff\xfe\0")
+    with pytest.raises(UserError, match="is no text"):
+        labels.from_file(listed(VAL), str(path))
+    with pytest.raises(UserError, match="cannot read"):
+        labels.from_file(listed(VAL), str(tmp_path / "nowhere"))
+
+
+def devkit(folder: Path) -> dict[str, bytes]:
+    """The two files of ILSVRC's development kit, with three classes numbered against the alphabet."""
+    scipy_io = pytest.importorskip("scipy.io")
+    synsets = np.zeros(3, [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O")])
+    for row, name in enumerate(("n03", "n01", "n02")):
+        synsets[row] = (row + 1, name, "kit fox")
+    scipy_io.savemat(folder / "meta.mat", {"synsets": synsets})
+    truth = b"1\n2\n3\n"
+    (folder / "ILSVRC2012_validation_ground_truth.txt").write_bytes(truth)
+    return {"meta.mat": (folder / "meta.mat").read_bytes(), "ILSVRC2012_validation_ground_truth.txt": truth}
+
+
+def test_ilsvrc_numbers_become_wordnet_ids(tmp_path: Path) -> None:
+    files = devkit(tmp_path)
+    with tarfile.open(tmp_path / "kit.tar.gz", "w:gz") as kit:
+        for name, data in files.items():
+            member = tarfile.TarInfo(f"ILSVRC2012_devkit_t12/data/{name}")
+            member.size = len(data)
+            kit.addfile(member, io.BytesIO(data))
+    for path in ("kit.tar.gz", "ILSVRC2012_validation_ground_truth.txt"):
+        listing = labels.from_file(listed(VAL), str(tmp_path / path))
+        assert classes_of(listing) == ["n01", "n03", "n02"]
+    (tmp_path / "ILSVRC2012_validation_ground_truth.txt").write_text("1\n2\n4\n")
+    with pytest.raises(UserError, match="4 is no ILSVRC class's number"):
+        labels.from_file(listed(VAL), str(tmp_path / "ILSVRC2012_validation_ground_truth.txt"))
+
+
+def test_val_takes_trains_numbers() -> None:
+    val = labels.as_in(listed(["1", "2", "3"], ["eel", "cat", "eel"]), ("ant", "cat", "dog", "eel"), "m.json")
+    assert (val.classes, val.labels.tolist()) == (("ant", "cat", "dog", "eel"), [3, 1, 3])
+    with pytest.raises(UserError, match=r"class 'fox' is none of the 2 in m\.json \(ant, cat"):
+        labels.as_in(listed(["1"], ["fox"]), ("ant", "cat"), "m.json")
+    with pytest.raises(UserError, match="has no labels"):
+        labels.as_in(listed(["1"]), ("ant", "cat"), "m.json")
+
+
+def test_a_class_without_pictures_may_be_unknown_to_train() -> None:
+    listing = listed(["1", "2"], ["cat", "fox"]).take(np.array([0]))
+    assert labels.as_in(listing, ("cat",), "m.json").labels.tolist() == [0]
+
+
+def test_subset_of_classes() -> None:
+    listing = listed(["1", "2", "3", "4"], ["d", "a", "c", "a"])
+    few = subset.classes(listing, ["c", "a", "a"])
+    assert (few.classes, classes_of(few)) == (("a", "c"), ["a", "c", "a"])
+    assert [few.name(place) for place in range(len(few))] == ["2", "3", "4"]
+    assert list(few.names()) == [b"2", b"3", b"4"]
+    with pytest.raises(UserError, match="'x' is no class"):
+        subset.classes(listing, ["a", "x"])
+
+
+@given(st.integers(1, 60), st.integers(1, 80), st.integers(0, 9))
+def test_a_limit_draws_so_many_in_order(count: int, limit: int, seed: int) -> None:
+    listing = listed([f"{place:03d}" for place in range(count)])
+    few = list(subset.limit(listing, limit, seed).names())
+    assert len(few) == min(count, limit) == len(set(few))
+    assert few == sorted(few)
+    assert few == list(subset.limit(listing, limit, seed).names())
+
+
+def test_limits_of_several_seeds_differ() -> None:
+    listing = listed([f"{place:03d}" for place in range(100)])
+    assert len({tuple(subset.limit(listing, 10, seed).names()) for seed in range(8)}) == 8
+
+
+@given(st.lists(st.sampled_from("abcde"), min_size=4, max_size=200), st.floats(0.05, 0.95), st.integers(0, 9))
+def test_a_split_takes_its_share_of_every_class(texts: list[str], fraction: float, seed: int) -> None:
+    listing = listed([f"{place:03d}" for place in range(len(texts))], texts)
+    counts = Counter(texts)
+    wanted = {text: int(np.floor(fraction * count + 0.5)) for text, count in counts.items()}
+    if sum(wanted.values()) in (0, len(texts)):
+        with pytest.raises(UserError, match="--split-val"):
+            subset.split(listing, fraction, seed)
+        return
+    train, val = subset.split(listing, fraction, seed)
+    assert sorted([*train.names(), *val.names()]) == list(listing.names())
+    in_val = Counter(classes_of(val))
+    assert all(in_val[text] == wanted[text] for text in counts)
+    assert train.classes == val.classes == listing.classes
+    assert list(subset.split(listing, fraction, seed)[1].names()) == list(val.names())
+
+
+def test_splits_of_several_seeds_differ() -> None:
+    listing = listed([f"{place:03d}" for place in range(60)])
+    assert len({tuple(subset.split(listing, 0.2, seed)[1].names()) for seed in range(8)}) == 8
