@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from shards.errors import UserError
-from shards.folder import sync_folder
 from shards.layout import file_sha256
+from shards.output import sync_folder
 
 FORMAT = 1
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")

@@ -4,199 +4,291 @@ import argparse
 import contextlib
 import io
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
-from shards.check import Report, check
+from shards import lines, storage, workers
+from shards.arguments import (
+    Parser,
+    add_classes_option,
+    add_folder_argument,
+    add_judge_options,
+    add_packing_options,
+    add_show_options,
+    add_source_options,
+    add_workers_option,
+    path,
+)
+from shards.check import check
 from shards.errors import UserError
-from shards.layout import MANIFEST_FILE
-from shards.pack import Options, Packed, pack
-from shards.sources import FORMATS, Listing, scan
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_LINE_EVERY = 10.0  # seconds, where there is no terminal
-_NAMED = 5  # left-out pictures and problems that are printed in full
-
-Progress = Callable[[int, int], None]
+from shards.index import ShardIndex, open_records
+from shards.indexing import index
+from shards.info import describe, printable
+from shards.judge import Judge
+from shards.layout import MANIFEST_FILE, PARTS, Manifest, load_manifest
+from shards.lines import say
+from shards.output import Folder, out_folder
+from shards.pack import TAKEN, Engine, Options, pack, refuse_overlap
+from shards.parts import OTHER_OUT
+from shards.progress import progress
+from shards.show import contact_sheet, save
+from shards.sources import labels, subset
+from shards.sources.listing import Listing, few
+from shards.sources.scan import require, scan, scan_tars
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; its exit status: 0 done, 1 failed, 2 wrong call, 130 interrupted."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names are bytes, not always text
-    arguments = _parser().parse_args(argv)
+    _open_streams()
+    arguments = _arguments(argv)
     try:
+        _refuse_other_encodings()
         status: int = arguments.run(arguments)
         return status
     except UserError as error:
-        print(f"make-shards: {error}", file=sys.stderr)
-        return 1
+        return _failed(str(error))
     except OSError as error:  # a failing disk, say, in a place where nothing better is known
-        print(f"make-shards: {error.filename or 'I/O'}: {error.strerror}; mend that and try again", file=sys.stderr)
-        return 1
+        return _failed(f"{error.filename or 'I/O'}: {error.strerror or error}; mend that and try again")
     except KeyboardInterrupt:
-        print("make-shards: interrupted; the same command again goes on from here", file=sys.stderr)
-        return 130
+        return _failed("interrupted; the same command again goes on from here", 130)
+
+
+def _open_streams() -> None:
+    """Output that takes whatever is written to it: names are bytes, not always text, and the caller may close it."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  for the life of the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_other_encodings() -> None:
+    """Raises UserError where file names would be taken apart in another way, which changes keys and classes."""
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise UserError(f"file names are taken as {encoding} in this locale; set PYTHONUTF8=1, and run it again")
+
+
+def _failed(why: str, status: int = 1) -> int:
+    print(f"make-shards: {printable(why)}", file=sys.stderr)
+    return status
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = _parser()
+    arguments, others = parser.parse_known_args(argv)
+    if others and others[0].startswith("-"):
+        parser.error(f"no such option: {others[0]}")
+    if others:
+        parser.error(f"too many arguments: {few(others)}; put a pattern in quotes, or the shell expands it")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="make-shards", description="Pictures into WebDataset tars with an index.")
+    parser = Parser(prog="make-shards", description="Pictures into WebDataset tars with an index.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     packing = commands.add_parser(
         "pack",
-        help="pack the pictures of a folder",
-        description="Decode every picture below SRC and pack those that decode into tars in OUT, shuffled. "
-        "Where pictures lie in subfolders only, each folder directly below SRC is a class. "
-        "The same command again goes on where a killed one stopped. Names that start with a dot are passed over.",
+        usage="%(prog)s [options] SRC OUT",
+        help="pack pictures into shards",
+        description="Decode every picture of SRC and pack those that decode into tars in OUT, shuffled. The same "
+        "command again goes on where a killed one stopped. Names that start with a dot are passed over.",
+        epilog="SRC is looked at: a folder whose pictures lie in class folders, or one of pictures without labels; "
+        "a tar (plain, compressed, or of one tar a class, as ImageNet's train archive) or zip archive of such folders; "
+        "WebDataset tars; Hugging Face parquet; a folder of archives, or a pattern in quotes ('train-*.parquet'). "
+        "SRC and OUT may be URLs that fsspec knows (s3://BUCKET/FOLDER, gs://BUCKET/FOLDER).",
     )
-    packing.add_argument("source", metavar="SRC", help="folder of class folders, or of pictures")
-    packing.add_argument("out", metavar="OUT", help="folder to make; must not lie in SRC")
-    packing.add_argument("--shard-size", type=_size, default=Options.shard_size, metavar="SIZE", help="default: 256MB")
-    packing.add_argument("--seed", type=_seed, default=Options.seed, help="of the order (default: %(default)s)")
-    packing.add_argument("--name", type=_name, default=Options.name, help="prefix of the tars (default: %(default)s)")
-    packing.add_argument(
-        "--format", choices=FORMATS, default="auto", help="folders: with labels; flat: without; default: look at SRC"
-    )
+    packing.add_argument("source", metavar="SRC", type=path, help="folder, archive, pattern or URL")
+    packing.add_argument("out", metavar="OUT", type=path, help="new or empty folder, or URL; must not lie in SRC")
+    add_source_options(packing)
+    add_packing_options(packing)
+    add_judge_options(packing)
     packing.set_defaults(run=_pack)
+    indexing = commands.add_parser(
+        "index",
+        help="index tars that somebody else made",
+        description="Decode every picture of the tars in DIR and write index.npy and manifest.json beside them. The "
+        "tars are not changed.",
+    )
+    add_folder_argument(indexing, "the tars")
+    indexing.add_argument(
+        "--format", choices=("auto", "folders", "flat", "webdataset"), default="auto", help="default: look at the tars"
+    )
+    add_classes_option(indexing)
+    add_judge_options(indexing)
+    indexing.set_defaults(run=_index)
     checking = commands.add_parser(
         "check", help="verify every byte and every picture", description="Verify every byte and every picture of DIR."
     )
-    checking.add_argument("folder", metavar="DIR", help="folder that 'make-shards pack' has made")
+    add_folder_argument(checking, "shards with their manifest")
+    checking.add_argument("--report", type=path, metavar="FILE", help="write what was found as JSON")
     checking.set_defaults(run=_check)
-    for command in (packing, checking):
-        command.add_argument(
-            "--workers", type=_workers, default=_cores(), metavar="N", help="processes (default here: %(default)s)"
-        )
+    informing = commands.add_parser(
+        "info", help="say what is in shards", description="Counts, sizes, shapes, class balance and what was left out."
+    )
+    add_folder_argument(informing, "shards with their manifest")
+    informing.set_defaults(run=_info)
+    showing = commands.add_parser(
+        "show",
+        help="draw some samples",
+        description="A contact sheet of samples drawn by the seed, with their classes.",
+    )
+    add_folder_argument(showing, "shards with their manifest")
+    add_show_options(showing)
+    showing.set_defaults(run=_show)
+    for command in (packing, indexing, checking):
+        add_workers_option(command)
     return parser
 
 
-def _cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 256MB, 1.5GB or 512MiB")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _whole(text: str, least: int, most: int, what: str) -> int:
-    if not re.fullmatch(r"\d{1,20}", text) or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what}; give a whole number from {least} to {most}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, 2**63 - 1, "seed")
-
-
-def _workers(text: str) -> int:
-    return _whole(text, 1, 1024, "number of processes")
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no prefix; use at most 64 letters, digits, - and _")
-    return text
-
-
 def _pack(arguments: argparse.Namespace) -> int:
-    began = time.monotonic()
-    listing = scan(arguments.source, arguments.format)
-    print(_describe(listing), flush=True)
-    options = Options(arguments.seed, arguments.shard_size, arguments.name)
-    with _progress("packing") as progress:
-        packed = pack(listing, arguments.out, options, arguments.workers, progress)
-    for line in _packed_lines(packed, arguments.out, time.monotonic() - began):
-        print(line)
+    if arguments.name and arguments.split_val:
+        raise UserError("--name and --split-val: the two sets are called train and val; leave --name out")
+    if arguments.quality and not arguments.max_short_side:
+        raise UserError("--quality is for the pictures that --max-short-side re-encodes; give that too")
+    require(arguments.source)
+    refuse_overlap(arguments.source, arguments.out)
+    is_new = not os.path.exists(arguments.out)
+    try:
+        with (out := out_folder(arguments.out)).held(TAKEN):
+            _pack_into(out, arguments)
+    finally:
+        if is_new:  # and nothing came of it
+            for empty in (os.path.join(arguments.out, PARTS), arguments.out):
+                with contextlib.suppress(OSError):
+                    os.rmdir(empty)
     return 0
 
 
-def _describe(listing: Listing) -> str:
-    what = f"{len(listing.classes)} class folders" if listing.classes else "no labels"
-    return f"{listing.root}: {len(listing.sources)} pictures, {what}; {listing.ignored} other files ignored"
+def _pack_into(out: Folder, arguments: argparse.Namespace) -> None:
+    listing = _listed(arguments, out.work)
+    say(lines.listed(listing))
+    if arguments.split_val is None:
+        _pack_one(arguments, listing, out, arguments.name or Options.name)
+        return
+    if out.size(MANIFEST_FILE) is not None:
+        raise UserError(f"{out} holds another packing, without --split-val; {OTHER_OUT}")
+    for name, half in zip(("train", "val"), subset.split(listing, arguments.split_val, arguments.seed), strict=True):
+        with (folder := out_folder(f"{out}/{name}")).held(TAKEN):
+            _pack_one(arguments, half, folder, name)
+    out.remove_parts()
 
 
-def _packed_lines(packed: Packed, out: str, seconds: float) -> Iterator[str]:
-    manifest = packed.manifest
-    total = sum(shard.bytes for shard in manifest.shards)
-    counts = f"{manifest.samples} pictures, {len(manifest.classes)} classes, {len(manifest.shards)} shards"
-    yield f"{out}: {'already complete: ' if packed.was_complete else ''}{counts}, {total} bytes"
-    if manifest.rejected:
-        yield f"{len(manifest.rejected)} pictures left out; all of them are in {os.path.join(out, MANIFEST_FILE)}"
-        yield from (f"  {entry.source}: {entry.reason}" for entry in manifest.rejected[:_NAMED])
-        if len(manifest.rejected) > _NAMED:
-            yield "  …"
-    if packed.kept and not packed.was_complete:
-        yield f"{packed.kept} shards were finished before and kept"
-    if packed.judged:
-        yield f"{seconds:.1f} s, {packed.judged / seconds:.0f} img/s"
+def _listed(arguments: argparse.Namespace, stage: Path) -> Listing:
+    """The pictures that are to be packed, labelled."""
+    with progress("listing") as tell:
+        listing = scan(arguments.source, arguments.format, stage, lambda found: tell(found, 0))
+    if arguments.labels:
+        listing = labels.from_file(listing, arguments.labels)
+    if arguments.subset_classes is not None:
+        listing = subset.classes(listing, subset.names(arguments.subset_classes))
+    if arguments.classes:
+        listing = labels.as_in(listing, _classes(arguments.classes), arguments.classes)
+    if arguments.limit:
+        listing = subset.limit(listing, arguments.limit, arguments.seed)
+    return listing
+
+
+def _classes(path: str) -> tuple[str, ...]:
+    """The classes that a manifest, or that of a folder, knows. Raises UserError where there is none."""
+    file = f"{path.rstrip('/')}/{MANIFEST_FILE}" if os.path.isdir(path) or not path.endswith(".json") else path
+    mend = f"give the {MANIFEST_FILE} of the packed train set, or its folder"
+    if not storage.is_url(file) and not os.path.isfile(file):
+        raise UserError(f"--classes {path}: no {MANIFEST_FILE} there; {mend}")
+    try:
+        return Manifest.from_json(storage.read_whole(file).decode()).classes
+    except ValueError as error:
+        raise UserError(f"--classes {path}: no manifest of make-shards ({error}); {mend}") from error
+
+
+def _pack_one(arguments: argparse.Namespace, listing: Listing, out: Folder, name: str) -> None:
+    began = time.monotonic()
+    options = Options(
+        seed=arguments.seed,
+        shard_size=arguments.shard_size,
+        name=name,
+        judge=_judge(arguments),
+        max_short_side=arguments.max_short_side,
+        quality=arguments.quality or Options.quality,
+    )
+    with progress("packing") as tell:
+        packed = pack(listing, out, options, arguments.workers, tell, _engine(arguments.engine))
+    for line in lines.packed(packed, str(out), time.monotonic() - began):
+        say(line)
+
+
+def _engine(name: str) -> Engine:
+    if name == "local":
+        return workers.run_tasks
+    from shards import ray_engine
+
+    return ray_engine.run_tasks
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    began = time.monotonic()
+    folder = _existing(arguments.folder)
+    names = [name for name in folder.names() if name.lower().endswith(".tar")]
+    if not names:
+        raise UserError(f"{folder} holds no tars; give the folder that does, or pack its pictures into another")
+    if folder.size(MANIFEST_FILE) is not None and not load_manifest(folder).foreign:
+        raise UserError(
+            f"{folder} holds another packing, of make-shards itself and with its index; nothing is to be done"
+        )
+    with folder.held(TAKEN):
+        with progress("listing") as tell:
+            listing = scan_tars(str(folder), names, arguments.format, lambda found: tell(found, 0))
+        if arguments.classes:
+            listing = labels.as_in(listing, _classes(arguments.classes), arguments.classes)
+        say(lines.listed(listing))
+        with progress("indexing") as tell:
+            manifest = index(listing, folder, _judge(arguments), arguments.workers, tell)
+    for line in (*lines.described(manifest, str(folder)), f"{time.monotonic() - began:.1f} s"):
+        say(line)
+    return 0
+
+
+def _existing(path: str) -> Folder:
+    """The folder to look at. Raises UserError for a file."""
+    if os.path.isfile(path):
+        raise UserError(f"{path} is a file; give the folder that it lies in")
+    return out_folder(path)
+
+
+def _judge(arguments: argparse.Namespace) -> Judge:
+    return Judge(arguments.check, arguments.max_pixels, arguments.picture_seconds)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     began = time.monotonic()
-    with _progress("checking") as progress:
-        report = check(arguments.folder, arguments.workers, progress)
-    for problem in report.problems:
-        print(problem)
-    print(_checked_line(report, arguments.folder, time.monotonic() - began))
+    folder = str(_existing(arguments.folder))
+    if arguments.report and not os.path.isdir(os.path.dirname(arguments.report) or "."):
+        raise UserError(f"--report {arguments.report}: no such folder; make it first")
+    with progress("checking") as tell:
+        report = check(folder, arguments.workers, tell)
+    for line in lines.checked(report, folder, time.monotonic() - began):
+        say(line)
+    if arguments.report:
+        Path(arguments.report).write_text(report.to_json())
     return 1 if report.problems else 0
 
 
-def _checked_line(report: Report, folder: str, seconds: float) -> str:
-    verdict = f"{len(report.problems)} problems" if report.problems else "all is well"
-    looked = f"{report.pictures} pictures, {report.shards} shards, {report.bytes} bytes"
-    return f"{folder}: {verdict}: {looked}; {seconds:.1f} s, {report.pictures / seconds:.0f} img/s"
+def _info(arguments: argparse.Namespace) -> int:
+    folder = _existing(arguments.folder)
+    manifest = load_manifest(folder)
+    for line in describe(manifest, open_records(folder, manifest)):
+        say(line)
+    return 0
 
 
-@contextlib.contextmanager
-def _progress(doing: str) -> Iterator[Progress]:
-    """A bar on a terminal, else a line now and then; both on stderr."""
-    with _bar(doing) if sys.stderr.isatty() else contextlib.nullcontext(_lines(doing)) as progress:
-        yield progress
-
-
-def _lines(doing: str) -> Progress:
-    began = last = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        nonlocal last
-        now = time.monotonic()
-        if now - last >= _LINE_EVERY:
-            last = now
-            rate = done / (now - began)
-            left = f", {(total - done) / rate:.0f} s left" if done else ""
-            print(f"{doing}: {done} of {total} pictures, {rate:.0f} img/s{left}", file=sys.stderr, flush=True)
-
-    return show
-
-
-@contextlib.contextmanager
-def _bar(doing: str) -> Iterator[Progress]:
-    from rich import progress as rich_progress
-    from rich.console import Console
-
-    class Rate(rich_progress.ProgressColumn):
-        """Pictures a second."""
-
-        def render(self, task: rich_progress.Task) -> str:
-            return f"{task.speed or 0:.0f} img/s"
-
-    columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.MofNCompleteColumn(),
-        Rate(),
-        rich_progress.TimeRemainingColumn(),
-    )
-    with rich_progress.Progress(*columns, console=Console(stderr=True)) as bars:
-        bar = bars.add_task(doing, total=None)
-        yield lambda done, total: bars.update(bar, completed=done, total=total)
+def _show(arguments: argparse.Namespace) -> int:
+    if storage.is_url(arguments.folder):
+        raise UserError(f"{arguments.folder}: pictures are drawn from local shards; copy the folder here first")
+    with ShardIndex(str(_existing(arguments.folder))) as samples:
+        save(contact_sheet(samples, arguments.count, arguments.seed), arguments.grid)
+    say(str(arguments.grid))
+    return 0
 
 
 if __name__ == "__main__":

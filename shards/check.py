@@ -1,18 +1,19 @@
 """Every byte and every picture of a shard folder held against its index and manifest."""
 
-import hashlib
+import dataclasses
+import json
 import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from shards.errors import UserError
 from shards.index import open_records
+from shards.judge import Judge
 from shards.layout import (
     BLOCK,
     TAR_END,
@@ -24,7 +25,9 @@ from shards.layout import (
     padding,
     tar_header,
 )
-from shards.picture import UndecodableError, decode
+from shards.output import Folder, out_folder
+from shards.picture import UndecodableError
+from shards.reader import SequentialReader
 from shards.workers import Tick, run_tasks
 
 _CHUNK = 1 << 20
@@ -39,24 +42,31 @@ class Report:
     bytes: int  # of the shards, by the manifest
     problems: tuple[str, ...]
 
+    def to_json(self) -> str:
+        """The report as JSON."""
+        return json.dumps({"ok": not self.problems, **dataclasses.asdict(self)}, indent=1) + "\n"
+
 
 class _Task(NamedTuple):
-    folder: Path
+    folder: Folder
     shard: Shard
     records: np.ndarray | None  # of this shard; None where there is no usable index
     classes: int  # how many; 0: unlabelled
+    foreign: bool  # another maker's tar: only its pictures' bytes are known
+    judge: Judge
+    condemned: frozenset[int] = frozenset()  # places of samples that took too long
 
 
 def check(
-    folder: str | os.PathLike[str], workers: int, progress: Callable[[int, int], None] = lambda done, total: None
+    path: str | os.PathLike[str], workers: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
     """Verify hashes, tar structure, checksums, labels, sizes, and that every picture decodes.
 
     `progress` hears (done, total) pictures. Raises UserError where there is no manifest to hold anything against.
     """
-    folder = Path(folder)
+    folder = out_folder(os.fspath(path))
     manifest = load_manifest(folder)
-    problems = list(_foreign_files(folder, manifest))
+    problems = list(_unknown_files(folder, manifest))
     records: np.ndarray | None = None
     try:
         records = open_records(folder, manifest)
@@ -69,20 +79,26 @@ def check(
 
     def task(number: int) -> _Task:
         own = None if records is None else np.array(records[starts[number] : starts[number + 1]])
-        return _Task(folder, manifest.shards[number], own, len(manifest.classes))
+        return _Task(folder, manifest.shards[number], own, len(manifest.classes), manifest.foreign, judge)
 
+    judge = Judge(max_pixels=manifest.options.get("max_pixels", Judge.max_pixels))
     found = run_tasks(
-        check_shard, task, len(manifest.shards), workers, lambda pictures: progress(pictures, manifest.samples)
+        check_shard,
+        task,
+        len(manifest.shards),
+        workers,
+        lambda pictures: progress(pictures, manifest.samples),
+        lambda task, place: task._replace(condemned=task.condemned | {place}),
     )
     problems += [problem for shard in found for problem in shard]
     return Report(manifest.samples, len(manifest.shards), sum(s.bytes for s in manifest.shards), tuple(problems))
 
 
-def _foreign_files(folder: Path, manifest: Manifest) -> Iterator[str]:
+def _unknown_files(folder: Folder, manifest: Manifest) -> Iterator[str]:
     known = {shard.file for shard in manifest.shards}
-    for path in sorted(folder.glob("*.tar")):
-        if path.name not in known:
-            yield f"{path.name}: a shard that the manifest does not know"
+    for name in sorted(folder.names()):
+        if name.endswith(".tar") and name not in known:
+            yield f"{name}: a shard that the manifest does not know"
 
 
 def _grouped(records: np.ndarray, starts: np.ndarray) -> bool:
@@ -91,50 +107,30 @@ def _grouped(records: np.ndarray, starts: np.ndarray) -> bool:
     return bool(np.array_equal(records["shard"], expected))
 
 
-class _Reader:
-    """A shard read from end to end: every byte is hashed once."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.digest = hashlib.sha256()
-        self.position = 0
-
-    def take(self, size: int) -> bytes:
-        """The next `size` bytes, fewer at the end of the file."""
-        data = self._file.read(size)
-        self.digest.update(data)
-        self.position += len(data)
-        return data
-
-    def skip_to(self, position: int) -> bool:
-        """Go on to `position`; whether nothing but zeros was on the way."""
-        blank = True
-        while self.position < position and (data := self.take(min(_CHUNK, position - self.position))):
-            blank = blank and not any(data)
-        return blank
-
-
 def check_shard(task: _Task, tick: Tick) -> list[str]:
     """The problems of one shard. Runs in a worker."""
     name = task.shard.file
+    size = task.folder.size(name)
+    if size is None:
+        return [f"{name}: no such file"]
     try:
-        with (task.folder / name).open("rb", buffering=_CHUNK) as file:
-            return list(_shard_problems(task, _Reader(file), os.fstat(file.fileno()).st_size, tick))
+        with task.folder.open(name) as file:
+            return list(_shard_problems(task, SequentialReader(file), size, tick))
     except OSError as error:
-        return [f"{name}: {error.strerror}"]
+        return [f"{name}: {error.strerror or error}"]
 
 
-def _shard_problems(task: _Task, reader: _Reader, size: int, tick: Tick) -> Iterator[str]:
+def _shard_problems(task: _Task, reader: SequentialReader, size: int, tick: Tick) -> Iterator[str]:
     name = task.shard.file
     if size != task.shard.bytes:
         yield f"{name}: {size} bytes where the manifest says {task.shard.bytes}"
     if task.records is not None:
         for done, record in enumerate(task.records):
             tick(done)
-            where, problems = _sample_problems(task, reader, record)
+            where, problems = _sample_problems(task, reader, record, overran=done in task.condemned)
             yield from (f"{where}: {problem}" for problem in problems)
         end = reader.position
-        if not reader.skip_to(size) or size - end != len(TAR_END):
+        if not task.foreign and (not reader.skip_to(size) or size - end != len(TAR_END)):
             yield f"{name}, offset {end}: something follows that the index does not know, or the end is missing"
     while reader.take(_CHUNK):
         tick(task.shard.samples)
@@ -143,31 +139,45 @@ def _shard_problems(task: _Task, reader: _Reader, size: int, tick: Tick) -> Iter
         yield f"{name}: sha256 differs from the manifest's"
 
 
-def _sample_problems(task: _Task, reader: _Reader, record: np.void) -> tuple[str, list[str]]:
+def _sample_problems(task: _Task, reader: SequentialReader, record: np.void, *, overran: bool) -> tuple[str, list[str]]:
     """Where the sample lies, and what is wrong with it."""
-    offset, size, label = int(record["offset"]), int(record["size"]), int(record["label"])
+    offset, label = int(record["offset"]), int(record["label"])
+    where = f"{task.shard.file}, offset {offset}"
+    problems: list[str] = []
+    if task.foreign:
+        reader.skip_to(offset)
+        key, extension, data = None, None, reader.take(int(record["size"]))
+    else:
+        key, extension, data, problems = _member_problems(reader, record)
+        where = f"{task.shard.file}, key {key or '?'}, offset {offset}"
+    problems += _picture_problems(task, record, data, extension, overran=overran)
+    if label != UNLABELLED and not task.foreign:
+        problems += _label_problems(reader, label, key)
+    if not UNLABELLED <= label < task.classes:
+        problems.append(f"label {label} is none of {task.classes} classes")
+    return where, problems
+
+
+def _member_problems(reader: SequentialReader, record: np.void) -> tuple[str | None, str | None, bytes, list[str]]:
+    """Key and extension of a member of ours, None where its header is damaged; its payload; what is wrong around it."""
+    offset, size = int(record["offset"]), int(record["size"])
     problems = []
     if offset - BLOCK != reader.position:
         problems.append(f"the index does not account for what the tar holds from offset {reader.position}")
         reader.skip_to(offset - BLOCK)
-    header = reader.take(BLOCK)
+    member = _member_name(reader.take(BLOCK), size)
     data = reader.take(size)
-    blank = reader.take(len(padding(size))) == padding(size)
-    member = _member_name(header, size)
-    key, _, extension = (member or "?.").partition(".")
     if member is None:
         problems.append("the tar header is damaged or not the one the index describes")
-    if not blank:
+    if reader.take(len(padding(size))) != padding(size):
         problems.append("the padding after the picture is damaged")
-    problems += _picture_problems(record, data, extension if member else None)
-    if label != UNLABELLED:
-        problems += _label_problems(reader, label, key if member else None)
-    if not UNLABELLED <= label < task.classes:
-        problems.append(f"label {label} is none of {task.classes} classes")
-    return f"{task.shard.file}, key {key}, offset {offset}", problems
+    if member is None:
+        return None, None, data, problems
+    key, _, extension = member.partition(".")
+    return key, extension, data, problems
 
 
-def _label_problems(reader: _Reader, label: int, key: str | None) -> list[str]:
+def _label_problems(reader: SequentialReader, label: int, key: str | None) -> list[str]:
     """The member that holds the label; its name is held against `key` where that is known."""
     text = str(label).encode()
     header = reader.take(BLOCK)
@@ -187,13 +197,14 @@ def _member_name(header: bytes, size: int) -> str | None:
         return None
 
 
-def _picture_problems(record: np.void, data: bytes, extension: str | None) -> list[str]:
+def _picture_problems(task: _Task, record: np.void, data: bytes, extension: str | None, *, overran: bool) -> list[str]:
     if len(data) != record["size"]:
         return [f"the file ends after {len(data)} of {record['size']} bytes"]
     if zlib.crc32(data) != record["crc32"]:
         return ["crc32 differs from the index: the picture's bytes are damaged"]
     try:
-        picture = decode(data)
+        task.judge.refuse(len(data), overran=overran)
+        picture = task.judge.picture(data)
     except UndecodableError as reason:
         return [f"does not decode: {reason}"]
     problems = []

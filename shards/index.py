@@ -1,6 +1,7 @@
 """Samples by number: a memory-mapped index over the shards of one folder, and reads that verify every byte."""
 
 import hashlib
+import io
 import os
 import threading
 import zlib
@@ -12,7 +13,8 @@ from types import TracebackType
 import numpy as np
 
 from shards.errors import UserError
-from shards.layout import BLOCK, INDEX_FILE, RECORD, Manifest, file_sha256, load_manifest, size_problem
+from shards.layout import BLOCK, INDEX_FILE, RECORD, Manifest, load_manifest, size_problem
+from shards.output import Folder, LocalFolder
 
 _OPEN_FILES = 512  # at once: half of the usual limit of a process
 
@@ -52,9 +54,10 @@ class ShardIndex:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.manifest = load_manifest(self.folder)
-        self.records: np.ndarray = open_records(self.folder, self.manifest)  # [samples] of RECORD
-        problem = next(filter(None, (size_problem(self.folder, shard) for shard in self.manifest.shards)), None)
+        here = LocalFolder(os.fspath(self.folder))
+        self.manifest = load_manifest(here)
+        self.records: np.ndarray = open_records(here, self.manifest)  # [samples] of RECORD
+        problem = next(filter(None, (size_problem(here, shard) for shard in self.manifest.shards)), None)
         if problem:
             raise UserError(f"{problem}; 'make-shards check {folder}' says more; pack again")
         self.heights: np.ndarray = self.records["height"]  # [samples], pixels as stored
@@ -97,12 +100,20 @@ class ShardIndex:
         record = self._record(id)
         try:
             header = self._bytes(record, int(record["offset"]) - BLOCK, BLOCK)
-            key = header[:100].split(b"\0", 1)[0].decode("ascii").partition(".")[0]
+            key = self._key_in(header)
         except (OSError, UnicodeDecodeError) as error:
             raise self._bad(id, "?", f"header unreadable ({error})") from error
         if not key:
             raise self._bad(id, "?", "header unreadable (no name in it)")
         return key
+
+    def _key_in(self, header: bytes) -> str:
+        """The member's name up to its first dot; another maker's may be long, and is then cut at 100 bytes."""
+        name = header[:100].split(b"\0", 1)[0]
+        if self.manifest.foreign:
+            folder, _, base = os.fsdecode(name).rpartition("/")
+            return "/".join(filter(None, (folder, base.partition(".")[0])))
+        return name.decode("ascii").partition(".")[0]
 
     def describe(self, id: int) -> str:
         """Where a sample lies, for people: ``train-000003.tar, key 000001234-name, offset 5120``."""
@@ -155,14 +166,20 @@ class ShardIndex:
             return "?"
 
 
-def open_records(folder: Path, manifest: Manifest) -> np.ndarray:
-    """The memory-mapped index, [samples] of RECORD. Raises UserError where it is not the one the manifest describes."""
-    path = folder / INDEX_FILE
+def open_records(folder: Folder, manifest: Manifest) -> np.ndarray:
+    """The index, [samples] of RECORD, memory-mapped where the folder is local.
+
+    Raises UserError where it is not the one the manifest describes.
+    """
+    path = f"{folder}/{INDEX_FILE}"
     mend = f"pack again, or put the {INDEX_FILE} back that belongs to this manifest"
     try:
-        if file_sha256(path) != manifest.index_sha256:
+        sha256 = folder.sha256(INDEX_FILE)
+        if sha256 is None:
+            raise UserError(f"{path}: no such file; {mend}")
+        if sha256 != manifest.index_sha256:
             raise UserError(f"{path} is stale or foreign: its sha256 is not the manifest's; {mend}")
-        records: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+        records: np.ndarray = _loaded(folder)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; {mend}") from error
     except ValueError as error:
@@ -170,6 +187,15 @@ def open_records(folder: Path, manifest: Manifest) -> np.ndarray:
     if records.dtype != RECORD or records.shape != (manifest.samples,):
         raise UserError(f"{path} is stale or foreign: not {manifest.samples} records of this format; {mend}")
     return records.view(np.ndarray)  # a record of a memmap object itself takes ten times as long to fetch
+
+
+def _loaded(folder: Folder) -> np.ndarray:
+    records: np.ndarray
+    if isinstance(folder, LocalFolder):
+        records = np.load(os.path.join(folder.path, INDEX_FILE), mmap_mode="r", allow_pickle=False)
+    else:
+        records = np.load(io.BytesIO(folder.read(INDEX_FILE)), allow_pickle=False)
+    return records
 
 
 def _fingerprint(manifest: Manifest) -> str:

@@ -86,7 +86,7 @@ def test_no_addresses_and_no_machine_paths() -> None:
         if ADDRESSES.search(line) or MACHINE.search(line)
     ]
     assert not found, "\n".join(found)
-    assert "http" not in (ROOT / "constraints.txt").read_text()
+    assert "://" not in (ROOT / "constraints.txt").read_text()
 
 
 def test_readme_names_the_two_commands() -> None:

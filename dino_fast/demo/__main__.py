@@ -30,8 +30,9 @@ from dino_fast.train import build_step, claimed, train
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.lock import locked
+from shards.output import LocalFolder
 from shards.pack import Options, pack
-from shards.sources import scan
+from shards.sources.scan import scan
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "cpu_demo.yaml"
 DRAWN = 108  # pictures drawn of each class
@@ -155,9 +156,11 @@ def own_sets(home: Path, found: Survey, seed: int) -> Sets:
 
 def packed(source: Path, out: Path, kind: str, seed: int) -> ShardIndex:
     """Pack a folder as `make-shards pack` does."""
-    listing = scan(source, kind)
-    with bar("packing", len(listing.sources)) as tick:
-        pack(listing, out, Options(seed=seed, name=out.name), os.cpu_count() or 1, lambda done, _: tick(done))
+    folder, workers = LocalFolder(str(out)), os.cpu_count() or 1
+    with folder.held("another demo is packing into it; wait for it"):
+        listing = scan(source, kind, folder.work)
+        with bar("packing", len(listing)) as tick:
+            pack(listing, folder, Options(seed=seed, name=out.name), workers, lambda done, _: tick(done))
     return ShardIndex(out)
 
 

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from PIL import Image, ImageOps
 
 from shards.errors import UserError
-from shards.sources import Listing, scan
+from shards.sources.listing import Listing
+from shards.sources.scan import scan
 
 SHORT_SIDE = 160  # pixels of a copy; a picture that is smaller already is copied at its size
 EVERY = 5  # one picture in so many of each class is set aside to be classified
@@ -61,7 +62,7 @@ def survey(root: Path, home: Path, most: int) -> Survey:
     here, there = root.resolve(), home.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise UserError(f"--images {root} and {home}, where the demo writes, lie in one another; give another --output")
-    listing = _listed(root)
+    listing = _listed(root, home)
     classes = _by_class(listing)
     keep = _evenly({name: len(paths) for name, paths in classes.items()}, most)
     chosen = [
@@ -69,7 +70,7 @@ def survey(root: Path, home: Path, most: int) -> Survey:
         for name, paths in classes.items()
         for place, path in enumerate(_spread(paths, keep[name]))
     ]
-    return Survey(root, len(listing.sources), len(listing.classes), chosen)
+    return Survey(root, len(listing), len(listing.classes), chosen)
 
 
 def stage(survey: Survey, folder: Path, progress: Callable[[], object]) -> list[tuple[str, str]]:
@@ -107,20 +108,22 @@ def cleared(folder: Path) -> Path:
     return folder
 
 
-def _listed(root: Path) -> Listing:
+def _listed(root: Path, home: Path) -> Listing:
     """All pictures, with labels where they lie in class folders only."""
     try:
-        flat = scan(root, "flat")
+        flat = scan(root, "flat", home)
     except UserError as error:
         raise UserError(f"--images {error}".replace(" as SRC", "").replace("SRC", "it")) from error
-    return scan(root, "folders") if all("/" in source.path for source in flat.sources) else flat
+    if flat.containers:
+        raise UserError(f"--images {root} holds archives and no pictures; unpack them, or name a folder of pictures")
+    return scan(root, "folders", home) if all(b"/" in name for name in flat.names()) else flat
 
 
 def _by_class(listing: Listing) -> dict[str, list[str]]:
     """The paths of each class by its folder's name; all of them under "unlabelled" where there are no classes."""
     found: dict[str, list[str]] = defaultdict(list)
-    for source in listing.sources:
-        found[listing.classes[source.label] if listing.classes else "unlabelled"].append(source.path)
+    for label, name in zip(listing.labels.tolist(), listing.names(), strict=True):
+        found[listing.classes[label] if listing.classes else "unlabelled"].append(os.fsdecode(name))
     return dict(found)
 
 

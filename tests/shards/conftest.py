@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.pack import Options, pack
-from shards.sources import scan
+from shards.pack import Options
+from tests.shards.packing import pack_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -47,7 +47,7 @@ def tree_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed_once(tree_once: Path) -> Path:
     """`tree_once` packed into several shards."""
     out = tree_once.parent / "packed"
-    pack(scan(tree_once), out, Options(seed=5, shard_size=12_000), workers=2)
+    pack_tree(tree_once, out, Options(seed=5, shard_size=12_000))
     return out
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from shards.__main__ import main
-from shards.layout import load_manifest
+from shards.index import ShardIndex
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 Contents = Callable[[Path], dict[str, bytes]]
@@ -47,7 +47,7 @@ def test_pack_check_and_again(command: Command, tree: Path, tmp_path: Path, cont
     call = ("pack", tree, tmp_path / "out", "--workers", 2, "--shard-size", "12kB", "--seed", 5, "--name", "val")
     first = command(*call)
     assert (first.returncode, first.stderr) == (0, "")
-    assert "25 pictures, 2 class folders; 2 other files ignored" in first.stdout
+    assert "src: folders: 25 pictures, 2 classes (cat, dog); 2 other files ignored" in first.stdout
     assert "21 pictures, 2 classes, " in first.stdout
     assert "4 pictures left out" in first.stdout
     assert "  dog/empty.png: empty file" in first.stdout
@@ -55,7 +55,7 @@ def test_pack_check_and_again(command: Command, tree: Path, tmp_path: Path, cont
     before = contents(tmp_path / "out")
     again = command(*call)
     assert again.returncode == 0
-    assert "already complete: 21 pictures" in again.stdout
+    assert "out: already complete" in again.stdout
     assert contents(tmp_path / "out") == before
     checked = command("check", tmp_path / "out", "--workers", 2)
     assert checked.returncode == 0
@@ -78,10 +78,10 @@ def test_sources_that_cannot_be_packed(command: Command, tmp_path: Path) -> None
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "1.txt").write_text("1")
     out = tmp_path / "out"
-    assert "nowhere: no such folder" in complaint(command("pack", tmp_path / "nowhere", out))
+    assert "nowhere: no such folder or file" in complaint(command("pack", tmp_path / "nowhere", out))
     assert "empty: no pictures" in complaint(command("pack", tmp_path / "empty", out))
     assert "text: no pictures" in complaint(command("pack", tmp_path / "text", out))
-    assert "1.txt: not a folder" in complaint(command("pack", tmp_path / "text" / "1.txt", out))
+    assert "1.txt: neither tar, zip nor parquet" in complaint(command("pack", tmp_path / "text" / "1.txt", out))
     assert not out.exists()
 
 
@@ -181,7 +181,7 @@ def test_two_packers(command: Command, tree: Path, tmp_path: Path) -> None:
     out.mkdir()
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another make-shards is packing into it" in complaint(command("pack", tree, out))
+        assert "another make-shards is at work in it" in complaint(command("pack", tree, out))
     assert command("pack", tree, out).returncode == 0  # the file of a killed packer is no lock
     assert not (out / ".lock").exists()
 
@@ -231,4 +231,4 @@ def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFix
 )
 def test_sizes(tree: Path, tmp_path: Path, text: str, size: int) -> None:
     assert main(["pack", str(tree / "cat"), str(tmp_path / "out"), "--format", "flat", "--shard-size", text]) == 0
-    assert load_manifest(tmp_path / "out").options["shard_size"] == size
+    assert ShardIndex(tmp_path / "out").manifest.options["shard_size"] == size

@@ -175,10 +175,10 @@ def remove_shard(folder: Path) -> None:
         (age_program, r"manifest\.json: format version 2, newer"),
         (damage_index, r"index\.npy is stale or foreign"),
         (cut_index, r"index\.npy is stale or foreign"),
-        (remove_index, r"index\.npy: No such file"),
+        (remove_index, r"index\.npy: no such file"),
         (miscount, r"index\.npy is stale or foreign: not 20 records"),
         (cut_shard, r"train-000001\.tar: 1024 bytes where the manifest says"),
-        (remove_shard, r"train-000001\.tar: No such file"),
+        (remove_shard, r"train-000001\.tar: no such file"),
     ],
 )
 def test_refused_in_one_line(packed: Path, harm: Callable[[Path], None], complaint: str) -> None:
