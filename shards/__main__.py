@@ -27,16 +27,18 @@ from shards.index import ShardIndex, open_records
 from shards.indexing import index
 from shards.info import describe, printable
 from shards.judge import Judge
-from shards.layout import MANIFEST_FILE, PARTS, Manifest, load_manifest
+from shards.layout import MANIFEST_FILE, PARTS, PLAN_FILE, Manifest, load_manifest
 from shards.lines import say
 from shards.output import Folder, out_folder
 from shards.pack import TAKEN, Engine, Options, pack, refuse_overlap
-from shards.parts import OTHER_OUT
+from shards.parts import OTHER_OUT, refuse_foreign
 from shards.progress import progress
 from shards.show import contact_sheet, save
 from shards.sources import labels, subset
 from shards.sources.listing import Listing, few
 from shards.sources.scan import require, scan, scan_tars
+
+_HALVES = ("train", "val")  # of --split-val
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,6 +84,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"no such option: {others[0]}")
     if others:
         parser.error(f"too many arguments: {few(others)}; put a pattern in quotes, or the shell expands it")
+    if arguments.run is _pack and arguments.name and arguments.split_val:
+        parser.error("--name and --split-val: the two sets are called train and val; leave --name out")
+    if arguments.run is _pack and arguments.quality and not arguments.max_short_side:
+        parser.error("--quality is for the pictures that --max-short-side re-encodes; give that too")
     return arguments
 
 
@@ -143,10 +149,6 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    if arguments.name and arguments.split_val:
-        raise UserError("--name and --split-val: the two sets are called train and val; leave --name out")
-    if arguments.quality and not arguments.max_short_side:
-        raise UserError("--quality is for the pictures that --max-short-side re-encodes; give that too")
     require(arguments.source)
     refuse_overlap(arguments.source, arguments.out)
     is_new = not os.path.exists(arguments.out)
@@ -162,14 +164,36 @@ def _pack(arguments: argparse.Namespace) -> int:
 
 
 def _pack_into(out: Folder, arguments: argparse.Namespace) -> None:
-    listing = _listed(arguments, out.work)
-    say(lines.listed(listing))
+    is_finished = out.size(MANIFEST_FILE) is not None
+    is_begun = is_finished or out.size(PLAN_FILE) is not None
+    if arguments.split_val is not None and is_begun:
+        raise UserError(f"{out} holds another packing, without --split-val; {OTHER_OUT}")
+    if not is_begun:
+        refuse_foreign(out, () if arguments.split_val is None else _HALVES)  # before anything is staged in it
+    try:
+        listing = _listed(arguments, out.work)
+        say(lines.listed(listing))
+        _refuse_staged_far_away(arguments, listing, out)
+        _pack_listing(arguments, listing, out)
+    finally:
+        if is_finished:
+            out.remove_parts()  # what was staged only to see that all is done, or that OUT is another packing's
+
+
+def _refuse_staged_far_away(arguments: argparse.Namespace, listing: Listing, out: Folder) -> None:
+    is_staged = any(Path(path).parent == out.work for path in listing.containers)
+    if arguments.engine == "ray" and is_staged and storage.is_url(str(out)):
+        raise UserError(
+            f"{arguments.source} is unpacked on this machine, where Ray's other nodes do not see it; give a folder "
+            "that they share as OUT, or leave --engine ray out"
+        )
+
+
+def _pack_listing(arguments: argparse.Namespace, listing: Listing, out: Folder) -> None:
     if arguments.split_val is None:
         _pack_one(arguments, listing, out, arguments.name or Options.name)
         return
-    if out.size(MANIFEST_FILE) is not None:
-        raise UserError(f"{out} holds another packing, without --split-val; {OTHER_OUT}")
-    for name, half in zip(("train", "val"), subset.split(listing, arguments.split_val, arguments.seed), strict=True):
+    for name, half in zip(_HALVES, subset.split(listing, arguments.split_val, arguments.seed), strict=True):
         with (folder := out_folder(f"{out}/{name}")).held(TAKEN):
             _pack_one(arguments, half, folder, name)
     out.remove_parts()
@@ -182,7 +206,7 @@ def _listed(arguments: argparse.Namespace, stage: Path) -> Listing:
     if arguments.labels:
         listing = labels.from_file(listing, arguments.labels)
     if arguments.subset_classes is not None:
-        listing = subset.classes(listing, subset.names(arguments.subset_classes))
+        listing = subset.classes(listing, subset.names(arguments.subset_classes, listing.classes))
     if arguments.classes:
         listing = labels.as_in(listing, _classes(arguments.classes), arguments.classes)
     if arguments.limit:

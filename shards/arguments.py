@@ -23,7 +23,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def path(text: str) -> str:
-    """A path or URL, its ~ expanded where the shell has not."""
+    """A path or URL; ``file://`` names a path as well. Its ~ is expanded where the shell has not."""
+    text = re.sub("^(file|local)://", "", text, flags=re.IGNORECASE)
     if not text:
         raise argparse.ArgumentTypeError("an empty path; perhaps a shell variable is not set")
     return os.path.expanduser(text)

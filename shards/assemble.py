@@ -62,6 +62,7 @@ def assemble(
         rejected=tuple(rejected),
         duplicates=duplicates,
         foreign=foreign,
+        tables={file: out.sha256(file) or "" for file in (DUPLICATES_FILE, REJECTED_FILE)},
     )
     for file in summary.empty:  # DALI's own reader would count a sample in it
         out.remove(file)

@@ -31,6 +31,7 @@ from shards.reader import SequentialReader
 from shards.workers import Tick, run_tasks
 
 _CHUNK = 1 << 20
+_DIFFERS = "sha256 differs from the manifest's"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def check(
     """
     folder = out_folder(os.fspath(path))
     manifest = load_manifest(folder)
-    problems = list(_unknown_files(folder, manifest))
+    problems = [*_table_problems(folder, manifest), *_unknown_files(folder, manifest)]
     records: np.ndarray | None = None
     try:
         records = open_records(folder, manifest)
@@ -81,7 +82,10 @@ def check(
         own = None if records is None else np.array(records[starts[number] : starts[number + 1]])
         return _Task(folder, manifest.shards[number], own, len(manifest.classes), manifest.foreign, judge)
 
-    judge = Judge(max_pixels=manifest.options.get("max_pixels", Judge.max_pixels))
+    judge = Judge(
+        max_pixels=manifest.options.get("max_pixels", Judge.max_pixels),
+        picture_seconds=manifest.options.get("picture_seconds", Judge.picture_seconds),
+    )
     found = run_tasks(
         check_shard,
         task,
@@ -92,6 +96,12 @@ def check(
     )
     problems += [problem for shard in found for problem in shard]
     return Report(manifest.samples, len(manifest.shards), sum(s.bytes for s in manifest.shards), tuple(problems))
+
+
+def _table_problems(folder: Folder, manifest: Manifest) -> Iterator[str]:
+    for name, expected in sorted(manifest.tables.items()):
+        if (sha256 := folder.sha256(name)) != expected:
+            yield f"{name}: {'no such file' if sha256 is None else _DIFFERS}"
 
 
 def _unknown_files(folder: Folder, manifest: Manifest) -> Iterator[str]:
@@ -136,7 +146,7 @@ def _shard_problems(task: _Task, reader: SequentialReader, size: int, tick: Tick
         tick(task.shard.samples)
     tick(task.shard.samples)
     if reader.digest.hexdigest() != task.shard.sha256:
-        yield f"{name}: sha256 differs from the manifest's"
+        yield f"{name}: {_DIFFERS}"
 
 
 def _sample_problems(task: _Task, reader: SequentialReader, record: np.void, *, overran: bool) -> tuple[str, list[str]]:

@@ -1,11 +1,10 @@
 """Samples by number: a memory-mapped index over the shards of one folder, and reads that verify every byte."""
 
+import functools
 import hashlib
 import io
 import os
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +14,7 @@ import numpy as np
 from shards.errors import UserError
 from shards.layout import BLOCK, INDEX_FILE, RECORD, Manifest, load_manifest, size_problem
 from shards.output import Folder, LocalFolder
+from shards.ranges import OpenFile
 
 _OPEN_FILES = 512  # at once: half of the usual limit of a process
 
@@ -32,17 +32,6 @@ class BadSample(Exception):
 
     def __str__(self) -> str:
         return f"sample {self.id} ({self.shard}, key {self.key}, offset {self.offset}): {self.reason}"
-
-
-class _File:
-    """A descriptor that is closed when the last reader has let go of it."""
-
-    def __init__(self, path: Path) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
 
 
 class ShardIndex:
@@ -65,8 +54,7 @@ class ShardIndex:
         self.labels: np.ndarray = self.records["label"]  # [samples], places in classes; -1: unlabelled
         self.classes: tuple[str, ...] = self.manifest.classes
         self.fingerprint: str = _fingerprint(self.manifest)
-        self._files: OrderedDict[int, _File] = OrderedDict()  # by shard, the least recently used first
-        self._lock = threading.Lock()
+        self._opened = functools.lru_cache(_OPEN_FILES)(OpenFile)  # by path
 
     def __len__(self) -> int:
         return len(self.records)
@@ -84,8 +72,7 @@ class ShardIndex:
 
     def close(self) -> None:
         """Close the shard files. A later read opens them again."""
-        with self._lock:
-            self._files.clear()
+        self._opened.cache_clear()
 
     def read(self, ids: Iterable[int]) -> list[bytes]:
         """The compressed pictures of `ids`, in that order.
@@ -144,16 +131,7 @@ class ShardIndex:
         return data
 
     def _bytes(self, record: np.void, offset: int, size: int) -> bytes:
-        file = self._file(int(record["shard"]))
-        return os.pread(file.descriptor, size, offset)
-
-    def _file(self, shard: int) -> _File:
-        with self._lock:
-            file = self._files.pop(shard, None) or _File(self.folder / self.manifest.shards[shard].file)
-            self._files[shard] = file
-            if len(self._files) > _OPEN_FILES:
-                self._files.popitem(last=False)
-            return file
+        return self._opened(f"{self.folder}/{self._shard(record)}").read(offset, size)
 
     def _bad(self, id: int, key: str, reason: str) -> BadSample:
         record = self._record(id)

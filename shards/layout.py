@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.errors import UserError
+from shards.fields import refuse_forged
 
 if TYPE_CHECKING:
     from shards.output import Folder
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX_FILE = "index.npy"
 MANIFEST_FILE = "manifest.json"
 REJECTED_FILE = "rejected.csv"
@@ -121,27 +122,50 @@ class Manifest:
     rejected: tuple[Rejected, ...]
     duplicates: int = 0  # samples whose bytes are those of an earlier one
     foreign: bool = False  # the tars are another maker's: `make-shards index` described them
+    tables: dict[str, str] = dataclasses.field(default_factory=dict)  # sha256 of the lists for people, by file name
     format_version: int = FORMAT_VERSION
 
     def to_json(self) -> str:
-        """The text of ``manifest.json``."""
-        return json.dumps(dataclasses.asdict(self), indent=1, sort_keys=True) + "\n"
+        """The text of ``manifest.json``: the fields, and the ``sha256`` of them all."""
+        fields = dataclasses.asdict(self)
+        return json.dumps({**fields, "sha256": _fields_sha256(fields)}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "Manifest":
-        """Read what `to_json` wrote. Raises ValueError for a newer format version or anything else."""
+        """Read what `to_json` wrote. Raises NewerError for a newer format version, ValueError for anything else."""
+        fields = _parsed(text)
+        if fields.pop("sha256", None) != _fields_sha256(fields):
+            raise ValueError("its sha256 is not that of its content, so it is damaged, or was changed by hand")
+        refuse_forged(fields)
+        fields["classes"] = tuple(fields["classes"])
+        fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
+        fields["rejected"] = tuple(Rejected(**entry) for entry in fields["rejected"])
+        return cls(**fields)
+
+
+class NewerError(ValueError):
+    """A manifest of a newer format version."""
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """The fields of a manifest of this format version. Raises ValueError for anything else."""
+    try:
         fields = json.loads(text)
-        if not isinstance(fields, dict) or not isinstance(fields.get("format_version"), int):
-            raise ValueError("no make-shards manifest")
-        if fields["format_version"] > FORMAT_VERSION:
-            raise ValueError(f"format version {fields['format_version']}, newer than this program's {FORMAT_VERSION}")
-        try:
-            fields["classes"] = tuple(fields["classes"])
-            fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
-            fields["rejected"] = tuple(Rejected(**entry) for entry in fields["rejected"])
-            return cls(**fields)
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"no make-shards manifest ({error})") from error
+    except RecursionError:
+        fields = None
+    version = fields.get("format_version") if isinstance(fields, dict) else None
+    if type(version) is not int:
+        raise ValueError("no make-shards manifest")
+    if version > FORMAT_VERSION:
+        raise NewerError(f"format version {version}, newer than this program's {FORMAT_VERSION}")
+    if version < FORMAT_VERSION:
+        raise ValueError(f"format version {version}, older than this program's {FORMAT_VERSION}")
+    return dict(fields)
+
+
+def _fields_sha256(fields: dict[str, Any]) -> str:
+    """Of their JSON on one line, sorted by name, in ASCII: whatever the layout of the file."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def load_manifest(folder: "Folder") -> Manifest:
@@ -153,8 +177,11 @@ def load_manifest(folder: "Folder") -> Manifest:
         raise UserError(_unfinished(folder)) from None
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}; make it readable") from error
+    except NewerError as error:
+        raise UserError(f"{path}: {error}; update dino_fast") from error
     except ValueError as error:
-        raise UserError(f"{path}: {error}; pack again, or update dino_fast where it is newer") from error
+        mend = "pack again into another folder (tars of another maker: remove it and index them again)"
+        raise UserError(f"{path}: {error}; {mend}") from error
 
 
 def _unfinished(folder: "Folder") -> str:

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -66,8 +67,6 @@ class Folder(Protocol):
 
 def out_folder(path: str) -> Folder:
     """The folder of a path or URL. Raises UserError for a URL without a bucket."""
-    if path.startswith("file://"):
-        path = path.removeprefix("file://")
     if not is_url(path):
         return LocalFolder(os.fspath(Path(path)))  # without a slash at its end
     url = path.rstrip("/")
@@ -152,11 +151,12 @@ class RemoteFolder:
 
     @property
     def work(self) -> Path:
-        return Path(tempfile.gettempdir()) / f"make-shards-{hashlib.sha256(os.fsencode(self.url)).hexdigest()[:16]}"
+        mark = hashlib.sha256(os.fsencode(self.url)).hexdigest()[:16]
+        return Path(tempfile.gettempdir()) / f"make-shards-{os.getuid()}-{mark}"
 
     @contextlib.contextmanager
     def whole_file(self, name: str) -> Iterator[BinaryIO]:
-        with _refused(f"{self.work} (TMPDIR says where)"), _temporary(self.work, name) as temporary:
+        with _refused(f"{self.work} (TMPDIR says where)"), _temporary(_private(self.work), name) as temporary:
             with temporary.open("xb", buffering=1 << 20) as file:
                 yield file
             remote.upload(temporary, f"{self}/{name}", file_sha256(temporary))
@@ -193,11 +193,22 @@ class RemoteFolder:
 
     @contextlib.contextmanager
     def held(self, taken: str) -> Iterator[None]:
-        beside = Path(f"{self.work}.lock")  # `work` goes while it is held
+        beside = _private(Path(f"{self.work}.lock"))  # `work` goes while it is held
         lock = locked(beside, f"lock of {self.url}: {taken}")
-        with _removed_if_empty(beside), lock, _removed_if_empty(self.work):
+        with _removed_if_empty(beside), lock, _removed_if_empty(_private(self.work)):
             _clear(self.work)
             yield
+
+
+def _private(folder: Path) -> Path:
+    """The folder, made for this user alone: others may write where it lies. Raises UserError where it is another's."""
+    with _refused(f"{folder} (TMPDIR says where)"):
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(0o700)
+        status = os.lstat(folder)
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+        raise UserError(f"{folder}: somebody else's, or no folder; remove it, or set TMPDIR to a folder of your own")
+    return folder
 
 
 def sync_folder(folder: Path) -> None:

@@ -10,7 +10,7 @@ import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -173,9 +173,17 @@ def pack(
 
 def refuse_overlap(source: str, out: str) -> None:
     """Raises UserError where SRC and OUT lie in one another."""
-    inner, outer = (PurePosixPath(path) if storage.is_url(path) else Path(path).resolve() for path in (source, out))
+    inner, outer = map(_place, (source, out))
     if inner == outer or inner in outer.parents or outer in inner.parents:
         raise UserError(f"SRC {source} and OUT {out} lie in one another; choose an OUT beside SRC")
+
+
+def _place(path: str) -> PurePath:
+    """The same for the same place: stores have more than one scheme, files more than one path."""
+    if not storage.is_url(path):
+        return Path(path).resolve()
+    scheme, _, rest = path.partition("://")
+    return PurePosixPath({"s3a": "s3", "gcs": "gs"}.get(scheme, scheme), rest)
 
 
 def _task(listing: Listing, out: Folder, options: Options, planned: Plan, number: int) -> _Task:

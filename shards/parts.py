@@ -121,10 +121,10 @@ def finished(out: Folder, fingerprint: str, mend: str = OTHER_OUT) -> Manifest |
     return manifest
 
 
-def refuse_foreign(out: Folder) -> None:
-    """Raises UserError where anything lies in `out` that a new packing would mix with: SRC, perhaps."""
+def refuse_foreign(out: Folder, ours: Sequence[str] = ()) -> None:
+    """Raises UserError where anything but `ours` lies in `out` that a new packing would mix with: SRC, perhaps."""
     names = out.names() if is_url(str(out)) else sorted(os.listdir(str(out)), key=os.fsencode)
-    visible = [name for name in names if not name.startswith(".")]
+    visible = [name for name in names if not name.startswith(".") and name not in ours]
     if visible:
         raise UserError(f"{out} holds {visible[0]}, which is no part of this packing; choose a new or empty OUT")
 

@@ -10,26 +10,31 @@ _OPEN_FILES = 64
 _CHUNK = 8 << 20  # bytes a read, where all that is left is asked for
 
 
+class OpenFile:
+    """A local file to read from, closed when nobody has a use for it any more. Safe in threads.
+
+    `version`: what tells it from others of that name, for caches. Raises OSError, as `read` does.
+    """
+
+    def __init__(self, path: str, *version: int) -> None:
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_descriptor"):
+            os.close(self._descriptor)
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`, fewer where the file ends."""
+        return os.pread(self._descriptor, size, offset)
+
+
+_opened = functools.lru_cache(_OPEN_FILES)(OpenFile)
+
+
 def pread(path: str, offset: int, size: int) -> bytes:
     """`size` bytes of a local file from `offset`, fewer where it ends. It is kept open. Raises OSError."""
     status = os.stat(path)  # another file of that name is opened anew
-    return os.pread(_opened(path, status.st_dev, status.st_ino).descriptor, size, offset)
-
-
-class _File:
-    """A descriptor that is closed when nobody has a use for it any more."""
-
-    def __init__(self, path: str) -> None:
-        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-
-    def __del__(self) -> None:
-        if hasattr(self, "descriptor"):
-            os.close(self.descriptor)
-
-
-@functools.lru_cache(maxsize=_OPEN_FILES)
-def _opened(path: str, device: int, inode: int) -> _File:
-    return _File(path)
+    return _opened(path, status.st_dev, status.st_ino).read(offset, size)
 
 
 class Ranges(io.RawIOBase):

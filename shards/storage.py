@@ -1,11 +1,13 @@
 """Where bytes come from: files of this machine, and objects of a store by their URLs (``s3://BUCKET/KEY``)."""
 
 import contextlib
+import fnmatch
 import functools
+import glob
 import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from shards import remote
@@ -60,6 +62,39 @@ def walk(root: str) -> Iterator[Entry]:
             objects, folders = remote.listing(f"{root.rstrip('/')}/{prefix}".rstrip("/"))
         pending += [f"{prefix}{name}/" for name in reversed(folders)]
         yield from (Entry(prefix + name, size) for name, size in objects.items())
+
+
+def matching(pattern: str) -> list[str]:
+    """The objects that a URL with `*`, `?` or `[` names, sorted, as ``glob`` does it for files.
+
+    One of this very name is meant by it.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        remote.size(pattern)
+        return [pattern]
+    scheme, _, rest = pattern.partition("://")
+    bucket, *folders, last = rest.split("/")
+    places = [f"{scheme}://{bucket}"]
+    for folder in folders:
+        places = [f"{place}/{name}" for place in places for name in _matching_folders(place, folder)]
+    found = [f"{place}/{name}" for place in places for name in _fitting(_listing(place)[0], last)]
+    return sorted(found, key=os.fsencode)
+
+
+def _matching_folders(place: str, pattern: str) -> list[str]:
+    return _fitting(_listing(place)[1], pattern) if glob.has_magic(pattern) else [pattern]
+
+
+def _fitting(names: Iterable[str], pattern: str) -> list[str]:
+    """Those that match; hidden ones only where the pattern starts with a dot."""
+    found = fnmatch.filter(names, pattern)
+    return found if pattern.startswith(".") else [name for name in found if not name.startswith(".")]
+
+
+def _listing(url: str) -> tuple[dict[str, int], list[str]]:
+    with contextlib.suppress(FileNotFoundError):
+        return remote.listing(url)
+    return {}, []
 
 
 @contextlib.contextmanager

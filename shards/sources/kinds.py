@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from typing import BinaryIO
 
 from shards import storage
 from shards.errors import UserError
@@ -39,10 +40,17 @@ def kind_of(path: str) -> str:
 
 
 def is_webdataset(path: str, name: str) -> bool:
-    """Whether samples with labels are among the first members."""
+    """Whether samples with labels are among the first members; other JSON beside pictures tells nothing."""
     with storage.open_input(path) as file:
         members = (member for _, member in zip(range(_LOOKED_AT), tars.members(file, name), strict=False))
-        return any(sample.picture and sample.label for sample in tars.samples(members))
+        return any(sample.picture and _is_labelled(file, sample) for sample in tars.samples(members))
+
+
+def _is_labelled(file: BinaryIO, sample: tars.Sample) -> bool:
+    try:
+        return tars.label_of(file, sample) is not None
+    except ValueError:  # packing says which sample it is
+        return True
 
 
 def classes_beside(root: str, paths: Sequence[str]) -> tuple[str, ...] | None:

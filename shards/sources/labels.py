@@ -8,7 +8,8 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -67,6 +68,8 @@ def number(
     else:
         classes = names or tuple(map(str, range(max(places, default=-1) + 1)))
         _refuse_beyond(listing, places, classes)
+    if len(set(classes)) < len(classes):
+        raise UserError(f"{listing.root}: two classes of the name {_repeated(classes)!r}; rename one")
     return listing.labelled(classes, np.array([*places, UNLABELLED], np.int32)[numbers])
 
 
@@ -130,10 +133,14 @@ def _unlabelled(listing: Listing) -> Listing:
 
 def _places(texts: list[str]) -> list[int] | None:
     """The texts as places, or None where one of them is no place."""
-    if not all(text.isascii() and text.isdecimal() and len(text) < 8 for text in texts):
+    if not all(text.isascii() and text.isdecimal() and len(text) < 8 and text == str(int(text)) for text in texts):
         return None
     places = [int(text) for text in texts]
     return places if max(places, default=0) < _MOST_NUMBERED else None
+
+
+def _repeated(texts: Sequence[str]) -> str:
+    return next(text for text, count in Counter(texts).items() if count > 1)
 
 
 def _refuse_beyond(listing: Listing, places: list[int], classes: tuple[str, ...]) -> None:
@@ -175,7 +182,7 @@ def _table(rows: list[str], separator: str, path: str) -> dict[str, str]:
     table: dict[str, str] = {}
     try:
         for row in csv.reader(rows, delimiter=separator):
-            if len(row) < 2 or not row[1].strip():
+            if len(row) != 2 or not row[1].strip():
                 raise UserError(f"{path}: line {separator.join(row)[:80]!r} is not PICTURE{separator}CLASS; mend it")
             picture, label = row[0].strip(), row[1].strip()
             synset = _SYNSET.match(label)
@@ -195,6 +202,8 @@ def _by_order(listing: Listing, rows: list[str], path: str) -> list[str]:
         raise UserError(
             f"{path} has {len(rows)} labels for {len(listing)} pictures; give the file that belongs to them"
         )
+    if len(set(names)) < len(names):
+        raise UserError(f"{listing.root}: two pictures are called {_repeated(names)}; give a CSV of path and class")
     texts = [""] * len(names)
     for row, place in zip(rows, sorted(range(len(names)), key=names.__getitem__), strict=True):
         texts[place] = row.strip()

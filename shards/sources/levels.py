@@ -45,14 +45,21 @@ def refuse_wrong_level(listing: Listing, folders: Sequence[str]) -> None:
 
 
 def refuse_splits(root: str, archives: Sequence[str]) -> None:
-    """Raises UserError where all archives are called after a split, but not all after the same."""
-    splits = [_split(os.path.basename(archive)) for archive in archives]
+    """Raises UserError where all archives, or their folders, are called after a split, but not all after the same."""
+    splits = [_split(rest) for rest in below_common_folder(archives)]
     if all(splits) and len(set(splits)) > 1:
-        one = os.path.join(os.path.dirname(archives[0]), f"*{splits[0]}*")
+        folder, name = os.path.split(archives[0])
+        one = f"a pattern in quotes ('{os.path.join(folder, f'*{splits[0]}*')}')" if _split(name) else folder
         raise UserError(
-            f"{root} holds archives of {', '.join(_sorted(splits))}; keep them apart: a folder each, or to pack them a "
-            f"pattern in quotes ('{one}'); or say with --format what they are, to take all of them as one set"
+            f"{root} holds archives of {', '.join(_sorted(splits))}; keep them apart: to pack one, give {one}; "
+            "or say with --format what they are, to take all of them as one set"
         )
+
+
+def below_common_folder(paths: Sequence[str]) -> list[str]:
+    """The paths or URLs relative to the deepest folder that holds them all."""
+    start = os.path.commonprefix(list(paths)).rfind("/") + 1  # noqa: RUF071  commonpath takes no URLs
+    return [path[start:] for path in paths]
 
 
 def _common(listing: Listing, skip: int, below: int) -> list[bytes]:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from shards.errors import UserError
 from shards.layout import TAR_END, padding, tar_header
@@ -35,13 +35,25 @@ def to_tar(source: BinaryIO, name: str, target: BinaryIO, tick: Callable[[int], 
     target.write(TAR_END)
 
 
-def class_names(source: BinaryIO, name: str) -> tuple[str, ...] | None:
-    """What the numbers of the label column stand for, where Hugging Face's metadata say so. Raises as `to_tar`."""
+class LabelColumn(NamedTuple):
+    """Where a table's labels are, and what they stand for."""
+
+    column: str
+    type: str  # arrow's name of it
+    names: tuple[str, ...] | None  # of the classes that its numbers are places of, where Hugging Face's metadata say so
+
+
+def label_column(source: BinaryIO, name: str) -> LabelColumn | None:
+    """The labels of a table; None where there are none. Raises as `to_tar`."""
     with _damage_named(name):
         schema = _opened(source, name).schema_arrow
         _, label = _columns(schema, name)
-    names = _features(schema).get(label or "", {}).get("names")
-    return tuple(map(str, names)) if isinstance(names, list) else None
+    if label is None:
+        return None
+    names = _features(schema).get(label, {}).get("names")
+    return LabelColumn(
+        label, str(schema.field(label).type), tuple(map(str, names)) if isinstance(names, list) else None
+    )
 
 
 def _opened(source: BinaryIO, name: str) -> Any:

@@ -2,10 +2,9 @@
 
 import glob
 import os
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from shards import storage
 from shards.errors import UserError
@@ -13,12 +12,13 @@ from shards.layout import UNLABELLED
 from shards.sources import staged, tars, zips
 from shards.sources.kinds import FITTING, GIVE, classes_beside, is_webdataset, kind_of
 from shards.sources.labels import by_folder, number
-from shards.sources.levels import common_depth, refuse_splits
+from shards.sources.levels import below_common_folder, common_depth, refuse_splits
 from shards.sources.listing import LARGEST, STORED, Collector, Listing
 from shards.sources.tree import Entry, Tree, in_order
 
-# Pictures of the last four are looked at as well, to be left out by name and reason: shards hold JPEG, PNG and WebP.
-PICTURES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"))
+# Looked at as well, to be left out by name and reason: shards hold JPEG, PNG and WebP.
+_OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
+PICTURES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", *_OTHERS))
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip", ".parquet")
 FORMATS = ("auto", "folders", "flat", "webdataset", "parquet")
 
@@ -75,12 +75,13 @@ def _is_folder(source: str) -> bool:
 def _matching(source: str) -> list[str]:
     """The archives that SRC names: one, or those that match a pattern."""
     if storage.is_url(source):
-        return [source]
-    if os.path.exists(source):
+        found = storage.matching(source) if glob.has_magic(source) else [source]
+    elif os.path.exists(source):
         if not os.path.isfile(source):
             raise UserError(f"{source} is neither a folder nor a file; {GIVE}")
-        return [source]
-    found = sorted(filter(os.path.isfile, glob.glob(source)), key=os.fsencode)
+        found = [source]
+    else:
+        found = sorted(filter(os.path.isfile, glob.glob(source)), key=os.fsencode)
     if not found:
         raise UserError(f"{source}: no such folder or file; {GIVE}")
     return found
@@ -132,11 +133,11 @@ def _archives(root: str, paths: list[str], format: str, stage: Path, tick: Tick)
     kind = kinds[paths[0]]
     if format not in FITTING[kind]:
         raise UserError(f"{paths[0]} is {kind}, which --format {format} does not fit; leave --format out")
+    if format == "auto":
+        refuse_splits(root, paths)
     if kind == "parquet":
         listing = _parquet(root, paths, stage, tick)
         return by_folder(listing, "flat", 0, ()) if format == "flat" else listing
-    if format == "auto":
-        refuse_splits(root, paths)
     if kind == "zip":
         return _in_folders(root, paths, paths, _zip_members, format, tick)
     if kind == "compressed tar":
@@ -180,8 +181,7 @@ def _in_folders(
 ) -> Listing:
     """Archives whose members lie in class folders, or in none. Where there are several, names begin with theirs."""
     collector, ignored = Collector(in_containers=True), 0
-    for container, path in enumerate(paths):
-        prefix = f"{_stem(path)}/" if len(paths) > 1 else ""
+    for container, (path, prefix) in enumerate(zip(paths, _prefixes(paths), strict=True)):
         for found in members_of(plain[container], path):
             if _is_hidden(found.name) or not is_picture(found.name):
                 ignored += 1
@@ -207,12 +207,22 @@ def _archives_are_classes(listing: Listing, format: str) -> bool:
     return format == "auto" and all(len(part) == 2 and part[1].startswith(part[0] + b"_") for part in parts)
 
 
-def _stem(path: str) -> str:
-    return PurePosixPath(path).name.split(".")[0]
+def _prefixes(paths: list[str]) -> list[str]:
+    """What the names in several archives begin with: the archive's own without its ending; its path where two agree."""
+    if len(paths) == 1:
+        return [""]
+    stems = [_stem(PurePosixPath(path).name) for path in paths]
+    if len(set(stems)) < len(stems):
+        stems = [_stem(path).replace("/", "_") for path in below_common_folder(paths)]
+    return [f"{stem}/" for stem in stems]
+
+
+def _stem(name: str) -> str:
+    return next((name[: -len(end)] for end in ARCHIVES if name.lower().endswith(end)), name)
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
 def _samples(
@@ -220,15 +230,14 @@ def _samples(
 ) -> Listing:
     """WebDataset tars. `names`: of the classes that labels are numbers of, where known."""
     collector, ignored = Collector(in_containers=True), 0
-    for container, path in enumerate(paths):
-        prefix = f"{_stem(path)}/" if len(paths) > 1 else ""
+    for container, (path, prefix) in enumerate(zip(paths, _prefixes(paths), strict=True)):
         with storage.open_input(plain[container]) as file:
             for sample in tars.samples(tars.members(file, path)):
                 if sample.picture is None:
                     ignored += 1
                     continue
                 name = os.fsencode(prefix + sample.picture.name)
-                label = _label(plain[container], path, sample)
+                label = _label(file, path, sample)
                 collector.add(name, sample.picture.size, label, container, sample.picture.offset)
                 tick(len(collector))
     if not len(collector):
@@ -237,12 +246,9 @@ def _samples(
     return number(listing, listing.labels, collector.texts(), named=False, names=names)
 
 
-def _label(path: str, name: str, sample: tars.Sample) -> str | None:
-    if sample.label is None:
-        return None
-    extension = sample.label.name.rpartition(".")[2].lower()
+def _label(file: BinaryIO, name: str, sample: tars.Sample) -> str | None:
     try:
-        text = tars.label_text(extension, storage.read_range(path, sample.label.offset, sample.label.size))
+        text = tars.label_of(file, sample)
         return None if text == str(UNLABELLED) else text
     except ValueError as error:
         raise UserError(
@@ -251,15 +257,10 @@ def _label(path: str, name: str, sample: tars.Sample) -> str | None:
 
 
 def _parquet(root: str, paths: list[str], stage: Path, tick: Tick) -> Listing:
-    splits = sorted({re.split(r"-\d", _stem(path))[0] for path in paths})
-    if len(splits) > 1:
-        raise UserError(
-            f"{root} holds tables of {', '.join(splits)}; pack each by itself: give a pattern in quotes as SRC, such "
-            f"as '{os.path.join(root, splits[0])}-*.parquet'"
-        )
-    names = {path: staged.class_names(path) for path in paths}
+    labels = {path: staged.label_column(path) for path in paths}
     for path in paths:
-        if names[path] != names[paths[0]]:
-            raise UserError(f"{path} names other classes than {paths[0]}; give tables of one set as SRC")
-    plain = [staged.from_parquet(path, stage) for path in paths]
-    return _samples(root, "parquet", paths, plain, names[paths[0]], tick)
+        if labels[path] != labels[paths[0]]:
+            raise UserError(f"{path} has another label column, or other classes, than {paths[0]}; give one set as SRC")
+    label = labels[paths[0]]
+    plain = [staged.from_parquet(path, stage, tick) for path in paths]
+    return _samples(root, "parquet", paths, plain, label.names if label else None, tick)

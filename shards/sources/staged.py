@@ -14,18 +14,18 @@ from shards.sources import parquet, tars
 
 def decompressed(path: str, stage: Path) -> str:
     """The plain tar of a compressed one."""
-    return _made(path, stage, lambda source, target: tars.decompress(source, target, path, lambda: None))
+    return _made(path, stage, lambda source, target: tars.decompress(source, target, path))
 
 
-def from_parquet(path: str, stage: Path) -> str:
-    """A parquet table as a tar of samples."""
-    return _made(path, stage, lambda source, target: parquet.to_tar(source, path, target, lambda rows: None))
+def from_parquet(path: str, stage: Path, tick: Callable[[int], None]) -> str:
+    """A parquet table as a tar of samples; `tick` hears how many rows of it are done."""
+    return _made(path, stage, lambda source, target: parquet.to_tar(source, path, target, tick))
 
 
-def class_names(path: str) -> tuple[str, ...] | None:
-    """The class names that a parquet table knows."""
+def label_column(path: str) -> parquet.LabelColumn | None:
+    """Where the labels of a parquet table are."""
     with storage.open_input(path) as file:
-        return parquet.class_names(file, path)
+        return parquet.label_column(file, path)
 
 
 def _made(path: str, stage: Path, make: Callable[[BinaryIO, BinaryIO], None]) -> str:

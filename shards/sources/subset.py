@@ -18,9 +18,9 @@ def draws(seed: int, use: int, count: int) -> np.ndarray:
     return np.random.PCG64(np.random.SeedSequence([seed, use])).random_raw(count)
 
 
-def names(text: str) -> list[str]:
-    """Class names: of a file, one a line, or between commas. Raises UserError where there is none."""
-    if os.path.isfile(text):
+def names(text: str, known: Sequence[str]) -> list[str]:
+    """Class names: between commas, or of a file, one a line. Raises UserError where there is none."""
+    if os.path.isfile(text) and text not in known:
         pieces = storage.read_whole(text).decode("utf-8-sig", "surrogateescape").splitlines()
     else:
         pieces = text.split(",")

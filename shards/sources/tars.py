@@ -8,7 +8,7 @@ import os
 import re
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import BinaryIO, NamedTuple
 
 from shards.errors import UserError
@@ -152,20 +152,27 @@ def is_tar(head: bytes) -> bool:
     return True
 
 
+def label_of(file: BinaryIO, sample: Sample) -> str | None:
+    """The label's text of a sample, read from its tar; None where it has none. Raises ValueError as `label_text`."""
+    if sample.label is None:
+        return None
+    file.seek(sample.label.offset)
+    return label_text(sample.label.name.rpartition(".")[2].lower(), file.read(sample.label.size))
+
+
 def is_compressed(head: bytes) -> bool:
     """Whether a file that begins with `head` is compressed with gzip, bzip2, xz or zstd."""
     return head.startswith((_GZIP, _BZIP2, _XZ, _ZSTD))
 
 
-def decompress(source: BinaryIO, target: BinaryIO, name: str, tick: Callable[[], None]) -> None:
-    """Write what is in a gzip, bzip2 or xz file to `target`, a MiB at a time with `tick` called between.
+def decompress(source: BinaryIO, target: BinaryIO, name: str) -> None:
+    """Write what is in a gzip, bzip2 or xz file to `target`, a MiB at a time.
 
     Raises UserError where the file, called `name` in the message, is damaged or compressed with zstd.
     """
     with _opened(source, name) as plain:
         while chunk := _decompressed(plain, name):
             target.write(chunk)
-            tick()
 
 
 def _walk(area: _Area) -> Iterator[Member]:
@@ -192,6 +199,11 @@ def _walk(area: _Area) -> Iterator[Member]:
             raise area.damaged(at, "cut off")
         if header.type in _FILES:
             yield Member(name.removeprefix("./"), at + BLOCK, size)
+        elif header.type == tarfile.LNKTYPE and name.lower().endswith(_PICTURES):
+            raise UserError(
+                f"{area.name}: {name} is a hard link to another member, which cannot be read by itself; make the tar "
+                "anew with --hard-dereference"
+            )
         at = following
     if awaited:
         raise area.damaged(at, "a member is missing")

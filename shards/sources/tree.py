@@ -55,7 +55,7 @@ class Tree:
             prefix, above = pending.pop()
             for entry in _entries(os.path.join(self.root, prefix[:-1]) if prefix else self.root):
                 path = prefix + entry.name
-                if entry.name.startswith("."):
+                if entry.name.startswith((".", "__MACOSX")):
                     self.ignored += 1
                 elif _is_folder(entry):
                     pending.append((path + "/", (*above, _below(entry, above))))

@@ -15,6 +15,7 @@ _LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # signature, method, lengths of th
 _SIGNATURE = b"PK\3\4"
 _ENCRYPTED, _UTF8 = 1, 1 << 11  # flags
 _DEFLATE_RATIO = 1032  # at best
+_WINDOWS = 0  # or DOS; some of their writers leave backslashes
 _UNIX = 3  # system that an entry was made on: its attributes are a mode
 
 
@@ -89,11 +90,13 @@ def _refuse_unreadable(entry: zipfile.ZipInfo, name: str) -> None:
 
 
 def _name(entry: zipfile.ZipInfo) -> str:
-    """UTF-8 even where the flag is missing, as in archives made by macOS; else code page 437."""
+    """A path with slashes; UTF-8 even where the flag is missing, as in archives made by macOS; else code page 437."""
     name = entry.filename
     if not entry.flag_bits & _UTF8:
         with contextlib.suppress(UnicodeDecodeError):
             name = name.encode("cp437").decode("utf-8")
+    if entry.create_system == _WINDOWS:
+        name = name.replace("\\", "/")
     return name.removeprefix("./")
 
 

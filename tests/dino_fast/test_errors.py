@@ -1,6 +1,5 @@
 """What a user can get wrong ends in one line that names the thing and the mend, and a status."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from dino_fast.__main__ import main as dino_fast
+from tests.shards.manifests import forge
 
 
 @pytest.fixture
@@ -60,9 +60,7 @@ def test_another_recipe_or_other_data_in_the_output(refused, train_here, labelle
     assert "optim.lr: 0.03 -> 0.5" in line
     assert "seed: 0 -> 3" in line
     assert "--accept_changes true" in line
-    manifest = json.loads((shutil.copytree(labelled_shards, tmp_path / "other") / "manifest.json").read_text())
-    manifest["fingerprint"] = "0" * len(manifest["fingerprint"])
-    (tmp_path / "other" / "manifest.json").write_text(json.dumps(manifest))
+    forge(shutil.copytree(labelled_shards, tmp_path / "other"), fingerprint="0" * 64)
     assert "holds other data" in refused("--max_steps", "3", "--data.train", str(tmp_path / "other"))
     assert train_here(tmp_path / "run", "--max_steps", "3", "--optim.lr", "0.5", "--accept_changes", "true") == 0
     assert "optim.lr: 0.03 -> 0.5" in capsys.readouterr().out

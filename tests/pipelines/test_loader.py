@@ -12,6 +12,7 @@ from pipelines.loader import Batch, DataRecipe, Loader
 from pipelines.photometric import PhotometricRecipe
 from shards.errors import UserError
 from shards.index import ShardIndex
+from tests.shards.manifests import forge
 
 CROPS = CropRecipe(global_size=48, local_size=32, locals=2)
 
@@ -120,8 +121,7 @@ def damaged_copy(shard_folder: Path, tmp_path: Path, ids: list[int], keep_crc: b
         path.write_bytes(data)
         records[number]["crc32"] = zlib.crc32(bytes(size)) if keep_crc else record["crc32"]
     np.save(folder / "index.npy", records)
-    manifest["index_sha256"] = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    forge(folder, index_sha256=hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest())
     return folder
 
 

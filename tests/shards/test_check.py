@@ -7,9 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from shards.check import check
+from shards.errors import UserError
 from shards.index import ShardIndex
+from shards.judge import Judge
+from shards.pack import Options
+from tests.shards.manifests import forge
+from tests.shards.packing import pack_tree
 
 
 def overwrite(path: Path, offset: int, data: bytes) -> None:
@@ -21,11 +27,11 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 def rehash(folder: Path) -> None:
     """Make the manifest agree with index and tars as they are now, so that only a real look finds the lie."""
     fields = json.loads((folder / "manifest.json").read_text())
-    fields["index_sha256"] = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
     for shard in fields["shards"]:
         data = (folder / shard["file"]).read_bytes()
         shard.update(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-    (folder / "manifest.json").write_text(json.dumps(fields))
+    index_sha256 = hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest()
+    forge(folder, shards=fields["shards"], index_sha256=index_sha256)
 
 
 def place(folder: Path, id: int) -> tuple[Path, int, int, str]:
@@ -115,10 +121,8 @@ def test_members_that_the_index_does_not_know(packed: Path) -> None:
     fields = json.loads((packed / "manifest.json").read_text())
     for gone, complaint in ((1, "does not account"), (fields["shards"][0]["samples"] - 1, "something follows")):
         np.save(packed / "index.npy", np.delete(records, gone))
-        less = json.loads(json.dumps(fields))
-        less["samples"] -= 1
-        less["shards"][0]["samples"] -= 1
-        (packed / "manifest.json").write_text(json.dumps(less))
+        first, *others = fields["shards"]
+        forge(packed, samples=20, shards=[{**first, "samples": first["samples"] - 1}, *others])
         rehash(packed)
         (problem,) = check(packed, 2).problems
         assert complaint in problem
@@ -144,3 +148,41 @@ def test_a_stale_index_leaves_the_hashes_to_check(packed: Path) -> None:
     first, second = check(packed, 2).problems
     assert "index.npy is stale or foreign" in first
     assert second == f"{path.name}: sha256 differs from the manifest's"
+
+
+@pytest.mark.parametrize(
+    ("was", "is_now"),
+    [
+        ('"cat"', '"cau"'),
+        ('"foreign": false', '"foreign": true'),
+        ('"samples": 21', '"samples": -1'),
+        ('"ignored": 2', '"ignored": "2"'),
+        ('"seed": 5', '"seed": 4'),
+    ],
+)
+def test_a_damaged_manifest(packed: Path, was: str, is_now: str) -> None:
+    manifest = packed / "manifest.json"
+    text = manifest.read_text()
+    assert was in text
+    manifest.write_text(text.replace(was, is_now))
+    with pytest.raises(UserError, match=r"manifest\.json: .*damaged, or was changed by hand; pack again"):
+        check(packed, 1)
+
+
+@pytest.mark.parametrize("name", ["rejected.csv", "duplicates.csv"])
+def test_the_lists_for_people_count(packed: Path, name: str) -> None:
+    with (packed / name).open("a") as file:
+        file.write("more")
+    assert check(packed, 1).problems == (f"{name}: sha256 differs from the manifest's",)
+    (packed / name).unlink()
+    assert check(packed, 1).problems == (f"{name}: no such file",)
+
+
+def test_pictures_are_judged_by_what_they_were_packed_by(tree: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (5000, 5000)).save(tree / "cat" / "large.png")  # takes longer than the clock's tick
+    judge = Judge(max_pixels=25_000_000, picture_seconds=1234.5)
+    pack_tree(tree, tmp_path / "out", Options(judge=judge))
+    assert check(tmp_path / "out", 1).problems == ()
+    forge(tmp_path / "out", options={"max_pixels": 25_000_000, "picture_seconds": 1e-6})
+    (problem,) = check(tmp_path / "out", 1).problems
+    assert problem.endswith("takes more than 1e-06 s of CPU time (--picture-seconds)")

@@ -232,3 +232,30 @@ def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFix
 def test_sizes(tree: Path, tmp_path: Path, text: str, size: int) -> None:
     assert main(["pack", str(tree / "cat"), str(tmp_path / "out"), "--format", "flat", "--shard-size", text]) == 0
     assert ShardIndex(tmp_path / "out").manifest.options["shard_size"] == size
+
+
+def test_a_split_does_not_touch_an_unfinished_packing(command: Command, tree: Path, tmp_path: Path) -> None:
+    secret = tree / "dog" / "deep" / "9.jpg"
+    held = secret.read_bytes()
+    secret.unlink()
+    secret.symlink_to("/proc/self/mem")
+    call = ("pack", tree, tmp_path / "out", "--shard-size", 12000)
+    assert "cannot read" in complaint(command(*call))
+    parts = sorted((tmp_path / "out" / ".parts").iterdir())
+    secret.unlink()
+    secret.write_bytes(held)
+    assert "without --split-val" in complaint(command(*call, "--split-val", "0.3"))
+    assert sorted((tmp_path / "out" / ".parts").iterdir()) == parts
+
+
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_refused_folder_holds_nothing_staged(
+    command: Command, tree: Path, packed: Path, tmp_path: Path, contents: Contents, is_finished: bool
+) -> None:
+    archive = shutil.make_archive(str(tmp_path / "tree"), "gztar", tree)
+    out = packed if is_finished else tmp_path / "holiday"
+    if not is_finished:
+        shutil.copytree(tree / "cat" / "deep", out)
+    before = contents(out)
+    complaint(command("pack", archive, out))
+    assert contents(out) == before

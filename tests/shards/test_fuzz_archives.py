@@ -172,7 +172,7 @@ def read_zip(data: bytes) -> str:
 
 def read_compressed(data: bytes) -> str:
     try:
-        tars.decompress(io.BytesIO(data), io.BytesIO(), "x.tgz", lambda: None)
+        tars.decompress(io.BytesIO(data), io.BytesIO(), "x.tgz")
     except UserError as error:
         return refusal(error, "x.tgz")
     return "whole"

@@ -16,6 +16,7 @@ import pytest
 from shards import index as index_module
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
+from tests.shards.manifests import forge
 
 
 def flip(path: Path, offset: int) -> None:
@@ -24,11 +25,6 @@ def flip(path: Path, offset: int) -> None:
         byte = file.read(1)[0]
         file.seek(offset)
         file.write(bytes([byte ^ 0xFF]))
-
-
-def change_manifest(folder: Path, **fields: object) -> None:
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
 
 def test_reads_in_the_order_asked_for(packed: Path) -> None:
@@ -139,7 +135,7 @@ def break_manifest(folder: Path) -> None:
 
 
 def age_program(folder: Path) -> None:
-    change_manifest(folder, format_version=2)
+    forge(folder, format_version=3)
 
 
 def damage_index(folder: Path) -> None:
@@ -155,7 +151,8 @@ def remove_index(folder: Path) -> None:
 
 
 def miscount(folder: Path) -> None:
-    change_manifest(folder, samples=20)
+    first, *others = json.loads((folder / "manifest.json").read_text())["shards"]
+    forge(folder, samples=20, shards=[{**first, "samples": first["samples"] - 1}, *others])
 
 
 def cut_shard(folder: Path) -> None:
@@ -172,7 +169,7 @@ def remove_shard(folder: Path) -> None:
         (remove_folder, "packed: no such folder"),
         (remove_manifest, r"packed: no manifest\.json"),
         (break_manifest, r"manifest\.json: .*pack again"),
-        (age_program, r"manifest\.json: format version 2, newer"),
+        (age_program, r"manifest\.json: format version 3, newer"),
         (damage_index, r"index\.npy is stale or foreign"),
         (cut_index, r"index\.npy is stale or foreign"),
         (remove_index, r"index\.npy: no such file"),

@@ -159,3 +159,34 @@ def test_a_split_takes_its_share_of_every_class(texts: list[str], fraction: floa
 def test_splits_of_several_seeds_differ() -> None:
     listing = listed([f"{place:03d}" for place in range(60)])
     assert len({tuple(subset.split(listing, 0.2, seed)[1].names()) for seed in range(8)}) == 8
+
+
+def test_numbers_with_leading_zeros_keep_their_names(tmp_path: Path) -> None:
+    (tmp_path / "n.csv").write_text("0,01\n1,1\n2,007\n")
+    assert labels.from_file(listed(["0", "1", "2"]), str(tmp_path / "n.csv")).classes == ("007", "01", "1")
+
+
+def test_tables_of_more_than_two_columns_are_refused(tmp_path: Path) -> None:
+    for text in ("image,healthy,rust\n0,1,0\n", ",file,label\n0,0,cat\n"):
+        (tmp_path / "n.csv").write_text(text)
+        with pytest.raises(UserError, match="is not PICTURE,CLASS"):
+            labels.from_file(listed(["0"]), str(tmp_path / "n.csv"))
+
+
+def test_two_pictures_of_one_name_have_no_order(tmp_path: Path) -> None:
+    (tmp_path / "n.txt").write_text("cat\ndog\n")
+    with pytest.raises(UserError, match=r"two pictures are called 1\.jpg"):
+        labels.from_file(listed(["a/1.jpg", "b/1.jpg"]), str(tmp_path / "n.txt"))
+
+
+def test_two_classes_of_one_name_are_refused() -> None:
+    listing = listed(["0"])
+    with pytest.raises(UserError, match="two classes of the name 'crane'"):
+        labels.number(listing, np.array([0]), ["1"], named=False, names=("crane", "dog", "crane"))
+
+
+def test_a_file_called_as_a_class_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").write_text("b\nc\n")
+    assert subset.names("a", ("a", "b", "c")) == ["a"]
+    assert subset.names("a", ("b", "c")) == ["b", "c"]

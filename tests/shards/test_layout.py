@@ -1,25 +1,33 @@
 """The format: names, headers, the manifest."""
 
+import contextlib
+import dataclasses
 import io
 import json
+import os
 import re
 import tarfile
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from shards.errors import UserError
 from shards.layout import (
     RECORD,
     Manifest,
     Rejected,
     Shard,
+    load_manifest,
     member_bytes,
     padding,
     sample_key,
     shard_name,
     tar_header,
 )
+from shards.output import LocalFolder
+from tests.shards.manifests import sealed
 
 MANIFEST = Manifest(
     name="train",
@@ -40,16 +48,122 @@ def test_manifest_survives_its_json() -> None:
     text.encode("ascii")  # names that are no UTF-8 included
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": "1"}', '{"format_version": 1}', "null"])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": "2"}', '{"format_version": 2}', "null"])
 def test_other_json_is_no_manifest(text: str) -> None:
     with pytest.raises(ValueError, match=r"."):
         Manifest.from_json(text)
 
 
-def test_newer_manifest_is_named_so() -> None:
-    newer = json.dumps({**json.loads(MANIFEST.to_json()), "format_version": 2})
-    with pytest.raises(ValueError, match="format version 2, newer"):
-        Manifest.from_json(newer)
+NAMES = st.lists(st.binary(max_size=9), unique=True).map(lambda names: [os.fsdecode(name) for name in names])
+
+
+@given(NAMES, NAMES)
+def test_names_of_any_bytes_survive(classes: list[str], sources: list[str]) -> None:
+    rejected = tuple(Rejected(source, "empty file") for source in sources)
+    manifest = dataclasses.replace(MANIFEST, classes=tuple(classes), rejected=rejected)
+    assert Manifest.from_json(manifest.to_json().encode("ascii").decode()) == manifest
+
+
+def test_every_bit_counts() -> None:
+    """Whatever bit is wrong, the manifest is refused; but for the case of a hexadecimal digit, which means the same."""
+    text = MANIFEST.to_json().encode()
+    same = 0
+    for bit in range(8 * len(text)):
+        damaged = bytearray(text)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            assert Manifest.from_json(damaged.decode()) == MANIFEST
+            same += 1
+        except ValueError:
+            pass
+    assert same == sum(len(re.findall("[a-f]", digits)) for digits in re.findall(r"\\u([0-9a-f]{4})", text.decode()))
+
+
+def test_a_change_by_hand_is_named_so() -> None:
+    for text in (
+        MANIFEST.to_json().replace('"foreign": false', '"foreign": true'),
+        MANIFEST.to_json().replace('"cat"', '"dog"'),
+        re.sub(r' "sha256": "[0-9a-f]{64}",?\n', "", MANIFEST.to_json(), count=1),
+    ):
+        assert text != MANIFEST.to_json()
+        with pytest.raises(ValueError, match="damaged, or was changed by hand"):
+            Manifest.from_json(text)
+
+
+@pytest.mark.parametrize(("version", "what"), [(1, "older"), (3, "newer"), (-1, "older")])
+def test_another_version_is_named_so(version: int, what: str, tmp_path: Path) -> None:
+    text = json.dumps({**json.loads(MANIFEST.to_json()), "format_version": version})
+    with pytest.raises(ValueError, match=f"^format version {version}, {what} than this program's 2$"):
+        Manifest.from_json(text)
+    (tmp_path / "manifest.json").write_text(text)
+    mend = {"older": "pack again", "newer": "update dino_fast$"}[what]
+    with pytest.raises(UserError, match=rf"manifest\.json: format version {version}, {what} than .*2; {mend}"):
+        load_manifest(LocalFolder(str(tmp_path)))
+
+
+SHARD = {"file": "train-000000.tar", "samples": 3, "bytes": 4096, "sha256": "cd" * 32}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((name, value) for name in ("samples", "ignored", "duplicates") for value in (-1, "3", 3.0, True, None)),
+        ("samples", 4),
+        ("classes", ["cat", "cat"]),
+        ("classes", ["cat", 1]),
+        ("classes", "cat"),
+        ("classes", None),
+        ("options", []),
+        ("options", None),
+        ("options", {"max_pixels": "9"}),
+        ("options", {"max_pixels": 0}),
+        ("options", {"picture_seconds": "9"}),
+        ("options", {"picture_seconds": float("nan")}),
+        ("options", {"picture_seconds": 1e300}),
+        ("shards", {}),
+        ("shards", ["train-000000.tar"]),
+        ("shards", [{**SHARD, "samples": "3"}]),
+        ("shards", [{**SHARD, "bytes": -1}]),
+        ("shards", [{**SHARD, "file": None}]),
+        ("shards", [{**SHARD, "file": "../train-000000.tar"}]),
+        ("shards", [{**SHARD, "sha256": 0}]),
+        ("shards", [{**SHARD, "more": 0}]),
+        ("shards", [{**SHARD, "samples": 4}, {**SHARD, "samples": -1}]),
+        ("rejected", "cat"),
+        ("rejected", [{"source": "cat.jpg"}]),
+        ("rejected", [{"source": "cat.jpg", "reason": 1}]),
+        ("tables", []),
+        ("tables", {"rejected.csv": 1}),
+        ("name", 1),
+        ("fingerprint", None),
+        ("index_sha256", []),
+        ("foreign", "yes"),
+        ("more", 1),
+    ],
+)
+def test_a_forged_field_is_refused_and_named(field: str, value: object) -> None:
+    text = sealed({**json.loads(MANIFEST.to_json()), field: value})
+    with pytest.raises(ValueError, match=rf"^no make-shards manifest \(.*{field}"):
+        Manifest.from_json(text)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "9" * 10_000, "\x00", "\ufeff{}"])
+def test_hostile_texts_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        Manifest.from_json(text)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["file", "samples", "source"]), inner),
+)
+
+
+@given(st.sampled_from(sorted(json.loads(MANIFEST.to_json()))), VALUES)
+def test_whatever_is_forged_is_read_or_refused(field: str, value: object) -> None:
+    with contextlib.suppress(ValueError):
+        manifest = Manifest.from_json(sealed({**json.loads(MANIFEST.to_json()), field: value}))
+        assert Manifest.from_json(manifest.to_json()).to_json() == manifest.to_json()
 
 
 def test_a_million_samples_index_below_50_mb() -> None:

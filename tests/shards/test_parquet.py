@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from shards.errors import UserError
-from shards.sources.parquet import class_names, to_tar
+from shards.sources.parquet import label_column, to_tar
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -21,6 +21,12 @@ pq = pytest.importorskip("pyarrow.parquet")
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 PICTURES = [os.urandom(number * 97 % 2000 + 1) for number in range(250)]
+
+
+def class_names(source: io.BytesIO, name: str) -> tuple[str, ...] | None:
+    """The names of the label column, if there are a column and names."""
+    label = label_column(source, name)
+    return label.names if label else None
 
 
 def rows_of(pictures: list[bytes]) -> Any:

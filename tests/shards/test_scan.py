@@ -248,7 +248,7 @@ def test_parquet_of_a_hub(tmp_path: Path, look: Callable[..., Listing]) -> None:
     assert found(look(tmp_path / "data")) == found(listing)  # a restart finds what was staged
     assert {path: path.stat().st_ino for path in (tmp_path / "stage").iterdir()} == before
     parquet_of(tmp_path / "data" / "validation-00000-of-00001.parquet", [0], ["x", "y", "z"])
-    with pytest.raises(UserError, match=r"tables of train, validation.*'.*/data/train-\*\.parquet'"):
+    with pytest.raises(UserError, match=r"archives of train, val; .*'.*/data/\*train\*'"):
         look(tmp_path / "data")
     assert len(look(f"{tmp_path}/data/train-*.parquet")) == 10
 
@@ -290,3 +290,76 @@ def test_archives_that_are_none(tmp_path: Path, look: Callable[..., Listing]) ->
         look(tmp_path / "empty.zip")
     with pytest.raises(UserError, match="no such folder or file"):
         look(tmp_path / "train-*.tar")
+
+
+def test_numbered_tables_are_one_set_and_splits_in_folders_are_not(
+    tmp_path: Path, look: Callable[..., Listing]
+) -> None:
+    """The layout of a hub's converted tables."""
+    for split in ("train", "test"):
+        (tmp_path / "default" / split).mkdir(parents=True)
+        for number in range(2):
+            parquet_of(tmp_path / "default" / split / f"{number:04d}.parquet", [0, 1], ["x", "y"])
+    listing = look(tmp_path / "default" / "train")
+    assert [name for name, _ in found(listing)] == [f"000{n}/{row:09d}.jpg" for n in range(2) for row in range(2)]
+    with pytest.raises(UserError, match=r"archives of test, train; .*give .*/default/test;"):
+        look(tmp_path / "default")
+    listing = look(tmp_path / "default", "parquet")  # asked for: names tell them apart
+    assert len({name for name, _ in found(listing)}) == 8
+
+
+def test_splits_of_webdataset_tars_in_folders_are_noticed(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    for split in ("train", "val"):
+        (tmp_path / "w" / split).mkdir(parents=True)
+        (tmp_path / "w" / split / "shard-0000.tar").write_bytes(tar_of(samples(0, 3)))
+    with pytest.raises(UserError, match=r"archives of train, val; .*/w/train;"):
+        look(tmp_path / "w")
+
+
+def test_tables_with_other_labels_are_not_joined(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    pyarrow, tables = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "t").mkdir()
+    image = [{"bytes": b"1", "path": None}]
+    tables.write_table(pyarrow.table({"image": image, "label": [1]}), tmp_path / "t" / "0.parquet")
+    for other in ({"label": ["one"]}, {}):
+        tables.write_table(pyarrow.table({"image": image, **other}), tmp_path / "t" / "1.parquet")
+        with pytest.raises(UserError, match=r"1\.parquet has another label column"):
+            look(tmp_path / "t")
+
+
+def test_archives_as_classes_keep_the_dots_of_their_names(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    (tmp_path / "dogs").mkdir()
+    for name in ("St. Bernard.zip", "St. John.ZIP", "Collie.zip"):
+        (tmp_path / "dogs" / name).write_bytes(zip_of({"1.jpg": name.encode()}))
+    assert look(tmp_path / "dogs", "folders").classes == ("Collie", "St. Bernard", "St. John")
+
+
+def test_json_without_a_label_makes_no_webdataset(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    pictures = {f"F/{c}/{c}{n}.jpg": b"x" for c in "ab" for n in range(2)}
+    notes = {name.replace(".jpg", ".json"): b'{"shapes": []}' for name in pictures}
+    (tmp_path / "F.tar").write_bytes(tar_of(dict(sorted((pictures | notes).items()))))
+    listing = look(tmp_path / "F.tar")
+    assert (listing.format, listing.classes, len(listing)) == ("folders", ("a", "b"), 4)
+
+
+def test_zip_of_windows_and_tar_of_a_parent_folder(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for name in (r"cat\1.jpg", r"dog\2.jpg"):
+            entry = zipfile.ZipInfo(name)
+            entry.filename, entry.create_system = name, 0
+            archive.writestr(entry, b"x")
+    (tmp_path / "w.zip").write_bytes(buffer.getvalue())
+    assert look(tmp_path / "w.zip").classes == ("cat", "dog")
+    (tmp_path / "up.tar").write_bytes(tar_of({"../photos/a/1.jpg": b"1", "../photos/b/2.jpg": b"2"}))
+    assert look(tmp_path / "up.tar").classes == ("a", "b")
+
+
+def test_pictures_of_other_formats_are_found_to_be_named(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    put(tmp_path / "src", "1.HEIC", "2.avif", "3.jxl", "4.jpg")
+    assert len(look(tmp_path / "src")) == 4
+
+
+def test_the_folder_that_macos_adds_is_no_class(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    put(tmp_path / "src", "a/1.jpg", "b/1.jpg", "__MACOSX/a/._1.jpg")
+    assert look(tmp_path / "src").classes == ("a", "b")

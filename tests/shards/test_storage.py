@@ -1,16 +1,20 @@
 """Folders of this machine and of a real S3 server: what they promise, also to other processes and after kills."""
 
+import argparse
 import contextlib
+import glob
 import hashlib
 import io
 import itertools
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import resource
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tarfile
@@ -18,6 +22,7 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +30,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import remote, storage
+from shards import arguments, remote, storage
 from shards.errors import UserError
 from shards.output import Folder, LocalFolder, RemoteFolder, out_folder
+from shards.pack import refuse_overlap
 from tests.shards.s3 import Server, forget, s3_server
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -221,9 +227,59 @@ def test_a_folder_that_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
             ask("x")
 
 
-def test_a_file_url_and_a_slash_at_the_end_name_a_local_folder(tmp_path: Path) -> None:
-    assert out_folder(f"file://{tmp_path}/out/") == out_folder(f"{tmp_path}/out/") == LocalFolder(f"{tmp_path}/out")
+def test_a_slash_at_the_end_names_the_same_folder(tmp_path: Path) -> None:
+    assert out_folder(f"{tmp_path}/out/") == LocalFolder(f"{tmp_path}/out")
     assert out_folder("") == LocalFolder(".")
+
+
+@pytest.mark.parametrize("scheme", ["file", "local", "FILE"])
+def test_a_file_url_is_a_path(scheme: str, tmp_path: Path) -> None:
+    assert arguments.path(f"{scheme}://{tmp_path}/out") == f"{tmp_path}/out"
+    assert arguments.path(f"{tmp_path}/{scheme}://x") == f"{tmp_path}/{scheme}://x"
+    with pytest.raises(argparse.ArgumentTypeError, match="an empty path"):
+        arguments.path(f"{scheme}://")
+
+
+def test_a_file_url_hides_no_overlap(tree: Path, contents: Callable[[Path], dict[str, bytes]]) -> None:
+    before = contents(tree)
+    for source, out in ((tree, tree / "out"), (tree / "cat", tree), (tree, tree)):
+        for schemes in (("file://", ""), ("", "file://"), ("file://", "file://")):
+            call = ["pack", f"{schemes[0]}{source}", f"{schemes[1]}{out}", "--workers", "1"]
+            done = subprocess.run(
+                [sys.executable, "-m", "shards", *call], cwd=ROOT, capture_output=True, text=True, timeout=60
+            )
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "lie in one another; choose an OUT beside SRC" in done.stderr
+    assert contents(tree) == before
+
+
+def test_a_file_url_serves_every_command(tree_once: Path, tmp_path: Path) -> None:
+    for call in (
+        ("pack", f"file://{tree_once}", f"file://{tmp_path}/out"),
+        ("check", f"file://{tmp_path}/out"),
+        ("info", f"file://{tmp_path}/out"),
+        ("show", f"file://{tmp_path}/out", "--grid", f"file://{tmp_path}/grid.png"),
+    ):
+        done = subprocess.run([sys.executable, "-m", "shards", *call], cwd=ROOT, capture_output=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, b"")
+    assert (tmp_path / "grid.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("source", "out", "overlap"),
+    [
+        ("s3://bucket/a", "s3://bucket/a/out", True),
+        ("s3://bucket/a/", "s3://bucket/a", True),
+        ("s3://bucket", "s3a://bucket/out", True),
+        ("gcs://bucket/a/b", "gs://bucket/a", True),
+        ("s3://bucket/a", "s3://bucket/ab", False),
+        ("s3://bucket/a", "gs://bucket/a/out", False),
+        ("s3://bucket/train-*.tar", "s3://bucket/out", False),
+    ],
+)
+def test_overlap_of_urls(source: str, out: str, overlap: bool) -> None:
+    with pytest.raises(UserError, match="lie in one another") if overlap else contextlib.nullcontext():
+        refuse_overlap(source, out)
 
 
 # Input
@@ -296,6 +352,21 @@ def test_walk_finds_what_another_client_lists(server: Server, bucket: str) -> No
     assert len(list(storage.walk(bucket))) == len(names) + 1
 
 
+def test_threads_read_more_files_than_are_kept_open(tmp_path: Path) -> None:
+    paths = [str(tmp_path / str(number)) for number in range(100)]
+    for path_ in paths:
+        Path(path_).write_text(path_)
+    draws = random.Random(0).choices(paths, k=20_000)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(lambda path_: storage.read_range(path_, 0, 999).decode(), draws)) == draws
+    finally:
+        sys.setswitchinterval(interval)
+    assert sum(os.path.realpath(f"/proc/self/fd/{fd}") in paths for fd in os.listdir("/proc/self/fd")) <= 64
+
+
 def test_walk_never_leaves_a_folder_out_in_silence(
     server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -315,6 +386,37 @@ def test_walk_never_leaves_a_folder_out_in_silence(
     server.put(f"{bucket}/in//x", b"")
     with pytest.raises(UserError, match="/in: a key with '//' lies in it"):
         list(storage.walk(f"{bucket}/in"))
+
+
+NAMES = ("a-0.tar", "a-1.tar", "b.tar", "A-2.tar", ".a-3.tar", "[1].tar", "a-1.tar.gz")
+
+
+def test_a_pattern_matches_objects_as_it_does_files(server: Server, bucket: str, tmp_path: Path) -> None:
+    for folder in ("", "x/", "y/deep/", "y/deeper/", ".hidden/", "run[1]/"):
+        (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
+        for name in NAMES:
+            server.put(f"{bucket}/in/{folder}{name}", b"")
+            (tmp_path / "in" / folder / name).touch()
+    server.put(f"{bucket}/in/x/", b"")  # a folder's marker
+    for pattern in (
+        *("a-*.tar", "a-?.tar", "a-[1-9].tar", "a-[!1].tar", "*", ".*", "[[]1].tar", "*.zip", "**/a-0.tar"),
+        *("*/a-0.tar", "y/*/a-[01].tar", "y/*per/b.tar", "*/*/a-0.tar", "*/deep/b.tar", "none/*.tar", ".h*/b*"),
+        *("run[[]1]/b.tar", "x/a-0.tar/*", "x/*/"),
+    ):
+        files = [path for path in glob.glob(f"{tmp_path}/in/{pattern}") if os.path.isfile(path)]
+        expected = sorted(os.path.relpath(path, tmp_path) for path in files)
+        assert [url.removeprefix(f"{bucket}/") for url in storage.matching(f"{bucket}/in/{pattern}")] == expected
+    assert storage.matching(f"{bucket}/in/[1].tar") == [f"{bucket}/in/[1].tar"]  # this very name is there
+
+
+def test_a_pattern_that_cannot_be_tried_is_one_clear_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, **options: object) -> object:
+        raise PermissionError("Access Denied")
+
+    assert storage.matching("s3://there-is-no-such-bucket/*.tar") == []
+    monkeypatch.setattr(remote.file_system(bucket), "ls", refuse)
+    with pytest.raises(UserError, match="Access Denied; see to your credentials"):
+        storage.matching(f"{bucket}/*.tar")
 
 
 def test_what_is_not_there_is_one_clear_line(bucket: str, tmp_path: Path) -> None:
@@ -381,6 +483,44 @@ def test_a_damaged_upload_is_noticed_and_removed(bucket: str, monkeypatch: pytes
         write(folder, "x", bytes(10_000))
     assert folder.names() == []
     assert list(folder.work.iterdir()) == []
+
+
+def test_nobody_else_sees_or_prepares_what_is_written_here(bucket: str, tmp_path: Path) -> None:
+    folder = RemoteFolder(f"{bucket}/out")
+    assert str(os.getuid()) in folder.work.name.split("-")
+    old_mask = os.umask(0)
+    try:
+        with folder.held("nobody else"), folder.whole_file("x"):
+            made = sorted((tmp_path / "tmp").iterdir())
+            assert [path.name.removeprefix(folder.work.name) for path in made] == ["", ".lock"]
+            assert [stat.filemode(path.stat().st_mode) for path in made] == ["drwx------"] * 2
+    finally:
+        os.umask(old_mask)
+
+
+@pytest.mark.parametrize("suffix", ["", ".lock"])
+@pytest.mark.parametrize("kind", ["file", "link", "of somebody else"])
+def test_a_work_folder_of_somebody_else_is_refused(bucket: str, tmp_path: Path, kind: str, suffix: str) -> None:
+    folder = RemoteFolder(f"{bucket}/out")
+    there = Path(f"{folder.work}{suffix}")
+    if kind == "file":
+        there.touch()
+    elif kind == "link":
+        (tmp_path / "elsewhere").mkdir()
+        there.symlink_to(tmp_path / "elsewhere")
+    else:
+        if os.geteuid():
+            pytest.skip("only root can give folders away")
+        there.mkdir()
+        os.chown(there, 12_345, -1)
+    line = rf"^{there}: somebody else's, or no folder; remove it, or set TMPDIR to a folder of your own$"
+    with pytest.raises(UserError, match=line), folder.held("nobody"):
+        pass
+    if not suffix:
+        with pytest.raises(UserError, match=line):
+            write(folder, "x", b"")
+    assert os.path.lexists(there)
+    assert not (tmp_path / "elsewhere").exists() or list((tmp_path / "elsewhere").iterdir()) == []
 
 
 @pytest.mark.parametrize("other", [b"0123456789", b"shorter"])

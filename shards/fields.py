@@ -1,0 +1,76 @@
+"""What the fields of a manifest may hold, whoever wrote them: its sha256 is as easily forged as the rest."""
+
+from collections.abc import Callable
+from typing import Any
+
+Check = Callable[[Any], bool]
+
+
+def refuse_forged(fields: dict[str, Any]) -> None:
+    """Raises ValueError for a manifest with a field that packing never writes."""
+    wrong = _wrong(fields, _CHECKS)
+    if not wrong and sum(shard["samples"] for shard in fields["shards"]) != fields["samples"]:
+        wrong = ["samples, shards"]
+    if wrong:
+        raise ValueError(f"no make-shards manifest ({wrong[0]}: missing, or not what packing writes)")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_file_name(value: Any) -> bool:
+    return _is_text(value) and value not in ("", ".", "..") and "/" not in value
+
+
+def _are_classes(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value)) and len(set(value)) == len(value)
+
+
+def _are_options(value: Any) -> bool:
+    """Those that `check` judges by are numbers; the others are for people."""
+    if not isinstance(value, dict):
+        return False
+    limits = (value.get(name, 1) for name in ("max_pixels", "picture_seconds"))
+    return all(type(limit) in (int, float) and 0 < limit <= 1 << 40 for limit in limits)
+
+
+def _are_tables(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_file_name, value)) and all(map(_is_text, value.values()))
+
+
+def _are(checks: dict[str, Check]) -> Check:
+    """Whether a value is a list of objects of these fields."""
+    return lambda value: (
+        isinstance(value, list) and not any(not isinstance(entry, dict) or _wrong(entry, checks) for entry in value)
+    )
+
+
+def _wrong(fields: dict[str, Any], checks: dict[str, Check]) -> list[str]:
+    """The fields that are missing, unknown, or not what they should be."""
+    return [
+        name
+        for name in {**checks, **fields}
+        if name not in checks or name not in fields or not checks[name](fields[name])
+    ]
+
+
+_CHECKS: dict[str, Check] = {
+    "name": _is_text,
+    "fingerprint": _is_text,
+    "samples": _is_count,
+    "classes": _are_classes,
+    "options": _are_options,
+    "shards": _are({"file": _is_file_name, "samples": _is_count, "bytes": _is_count, "sha256": _is_text}),
+    "index_sha256": _is_text,
+    "ignored": _is_count,
+    "rejected": _are({"source": _is_text, "reason": _is_text}),
+    "duplicates": _is_count,
+    "foreign": lambda value: isinstance(value, bool),
+    "tables": _are_tables,
+    "format_version": _is_count,
+}
