@@ -8,6 +8,8 @@ import signal
 import socket
 import sys
 import threading
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -17,7 +19,8 @@ from shards.errors import UserError
 from shards.workers import Overrun, Progress, Result, Task, Tick
 
 _BEAT = 0.2  # seconds between two calls of `progress` at most
-_GRACE = 5.0  # seconds for cancelled tasks to end; `shards.workers` needs two
+_ASK = 1.0  # seconds between a task's looks at whether it is to stop
+_GRACE = 10.0  # seconds for tasks to end then; `shards.workers` needs two, a process of Ray's some to start
 _STORE = 256 * 2**20  # bytes of shared memory for tasks and results on this machine
 
 
@@ -67,11 +70,10 @@ def _connected(ray: Any, workers: int) -> Iterator[None]:
     try:
         with _hushed():
             _connect(ray, workers)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot join a Ray cluster: {reason}; see to RAY_ADDRESS, RAY_AUTH_MODE=token and 'ray status'"
-        ) from error
+        mend = "see to RAY_ADDRESS, RAY_AUTH_MODE=token, a TMPDIR with a short path, and 'ray status'"
+        raise UserError(f"cannot join a Ray cluster: {reason}; {mend}") from error
     try:
         with _sigterm_as_interrupt():
             yield
@@ -86,7 +88,7 @@ def _connect(ray: Any, workers: int) -> None:
     else:
         # Refused where 'ray start' has been run. Not address="auto", which would join, for the lack of such a cluster,
         # the local one of another make-shards, to lose it when that one is done.
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError), local.interrupts_deferred():  # cut short, some of its processes live on
             ray.init(num_cpus=workers, object_store_memory=_STORE, include_dashboard=False, **quiet)
             return
     ray.init(**quiet)
@@ -142,6 +144,7 @@ def _collect(
     """Keep `ahead` tasks out until all are done."""
     # Not tried again where a node is lost or out of memory: the first attempt might still be writing.
     remote = ray.remote(max_retries=0)(_run_one)
+    stop = f"make-shards-stop-{uuid.uuid4().hex}".encode()
     results: dict[int, Result] = {}
     running: dict[Any, int] = {}
     numbers = iter(range(count))
@@ -149,28 +152,51 @@ def _collect(
     try:
         while len(results) < count:
             for number in itertools.islice(numbers, ahead - len(running)):
-                running[remote.remote(function, task_of(number), overrun)] = number
+                running[remote.remote(function, task_of(number), stop, overrun)] = number
             for done in ray.wait(list(running), timeout=_BEAT)[0]:
                 number = running.pop(done)
                 results[number], judged = ray.get(done)
                 pictures += judged
             progress(pictures)
     finally:
-        _cancel(ray, list(running))
+        _stop(ray, list(running), stop)
     return [results[number] for number in range(count)]
 
 
-def _cancel(ray: Any, tasks: list[Any]) -> None:
-    """Interrupt tasks, and give their workers the time to stop."""
-    for task in tasks:
-        ray.cancel(task)
+def _stop(ray: Any, tasks: list[Any], stop: bytes) -> None:
+    """Have tasks end within a picture, and wait for it.
+
+    By a key in the cluster's store: some tasks do not hear `ray.cancel`, and it aborts this process where one ends
+    at that moment.
+    """
     if tasks:
+        kv = ray.experimental.internal_kv
+        kv._internal_kv_put(stop, b"")
         ray.wait(tasks, num_returns=len(tasks), timeout=_GRACE)
+        kv._internal_kv_del(stop)
 
 
-def _run_one(function: Callable[[Task, Tick], Result], task: Task, overrun: Overrun[Task] | None) -> tuple[Result, int]:
-    """On a node: the result of a task, and how many pictures it had."""
+def _run_one(
+    function: Callable[[Task, Tick], Result], task: Task, stop: bytes, overrun: Overrun[Task] | None
+) -> tuple[Result, int]:
+    """On a node: the result of a task, and how many pictures it had. Raises StoppedError where `stop` is stored."""
     vars(sys.modules["__main__"]).pop("__file__", None)  # Ray's own script, which our worker need not import
-    heard = [0]
-    results = local.run_tasks(function, lambda number: task, 1, 1, heard.append, overrun)
-    return results[0], heard[-1]
+    pictures, asked = 0, -_ASK
+
+    def hear(done: int) -> None:
+        nonlocal pictures, asked
+        pictures = done
+        if time.monotonic() - asked > _ASK:
+            _refuse_stopped(stop)
+            asked = time.monotonic()
+
+    hear(0)
+    results = local.run_tasks(function, lambda number: task, 1, 1, hear, overrun)
+    return results[0], pictures
+
+
+def _refuse_stopped(stop: bytes) -> None:
+    from ray.experimental.internal_kv import _internal_kv_exists
+
+    if _internal_kv_exists(stop):
+        raise local.StoppedError

@@ -92,7 +92,7 @@ class _Crew(Generic[Task]):
     def hire(self) -> Connection:
         """Start a worker; it need not be up when it is given a task."""
         ours, theirs = self._context.Pipe()
-        with theirs, _interrupts_deferred():  # only the worker holds its end: the pipe ends when the worker does
+        with theirs, interrupts_deferred():  # only the worker holds its end: the pipe ends when the worker does
             process = self._context.Process(target=_serve, args=(self._function, self.board, theirs), daemon=True)
             process.start()
             self._processes[ours] = process
@@ -184,7 +184,7 @@ def _condemned(task: Task, place: int, exit_code: int | None, overrun: Overrun[T
 
 
 @contextlib.contextmanager
-def _interrupts_deferred() -> Iterator[None]:
+def interrupts_deferred() -> Iterator[None]:
     """Processes started in here inherit that Ctrl-C is for their parent alone; the parent hears of it at the end."""
     multiprocessing.resource_tracker.ensure_running()  # which would unblock it when `start` starts that
     held: list[int] = []
