@@ -38,6 +38,7 @@ def repeated(source: Path, repeat: int, target: Path) -> list[Path]:
 def pack(source: Path, scratch: Path, workers: int, pictures: int, *options: str) -> float:
     """Images a second of the whole command: start, listing, judging, hashing, writing, syncing."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder, contextlib.redirect_stdout(io.StringIO()):
+        os.sync()  # what the arm before has left to write is not this one's
         start = time.perf_counter()
         status = make_shards(["pack", str(source), f"{folder}/shards", "--workers", str(workers), *options])
         seconds = time.perf_counter() - start
@@ -49,6 +50,7 @@ def pack(source: Path, scratch: Path, workers: int, pictures: int, *options: str
 def copy_and_tar(source: Path, scratch: Path, pictures: int) -> float:
     """Images a second of ``cp -r`` and ``tar`` of the copy."""
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        os.sync()
         start = time.perf_counter()
         subprocess.run(["cp", "-r", source, f"{folder}/copy"], check=True)
         subprocess.run(["tar", "-C", f"{folder}/copy", "-cf", f"{folder}/copy.tar", "."], check=True)
@@ -59,6 +61,7 @@ def bare_decode(paths: list[Path], workers: int) -> float:
     """Images a second of reading and decoding with Pillow alone, in processes that have started already."""
     with ProcessPoolExecutor(workers) as pool:
         list(pool.map(_nothing, range(workers)))
+        os.sync()
         start = time.perf_counter()
         list(pool.map(_decode, paths, chunksize=64))
         return len(paths) / (time.perf_counter() - start)

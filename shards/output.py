@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import stat
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from shards import remote
 from shards.errors import UserError, mend_of
@@ -19,6 +20,7 @@ from shards.layout import PARTS, file_sha256
 from shards.lock import locked
 from shards.storage import buffered, found, is_url
 
+_EARLY = 4 << 20  # bytes
 _REMOVERS = 8  # threads
 
 
@@ -75,6 +77,22 @@ def out_folder(path: str) -> Folder:
     return RemoteFolder(url)
 
 
+class _EarlyWriter(io.BufferedWriter):
+    """A new file whose writing to the disk begins while more is still to come, so that syncing it waits for little."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path, "x"), 1 << 20)
+        self._waiting = 0  # bytes
+
+    def write(self, data: Any) -> int:
+        self._waiting += (written := super().write(data))
+        if self._waiting >= _EARLY:
+            self.flush()
+            os.posix_fadvise(self.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # the kernel begins, and does not wait
+            self._waiting = 0
+        return written
+
+
 @dataclass(frozen=True)
 class LocalFolder:
     """A folder of this machine or of a file server. Files appear by renaming, synced to the disk."""
@@ -91,7 +109,7 @@ class LocalFolder:
     @contextlib.contextmanager
     def whole_file(self, name: str) -> Iterator[BinaryIO]:
         with _refused(path := os.path.join(self.path, name)), _temporary(self.work, name) as temporary:
-            with temporary.open("xb", buffering=1 << 20) as file:
+            with _EarlyWriter(temporary) as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())

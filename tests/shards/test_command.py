@@ -259,3 +259,16 @@ def test_a_refused_folder_holds_nothing_staged(
     before = contents(out)
     complaint(command("pack", archive, out))
     assert contents(out) == before
+
+
+def test_a_picture_that_takes_too_long_is_left_out_by_name(command: Command, tree: Path, tmp_path: Path) -> None:
+    """A decoder cannot be interrupted: its process is killed, and the others' pictures are packed all the same."""
+    Image.effect_noise((8000, 6000), 90).save(tree / "cat" / "huge.jpg")
+    call = ("pack", tree, tmp_path / "out", "--picture-seconds", "0.1", "--workers", 2, "--shard-size", "12kB")
+    run = command(*call)
+    assert (run.returncode, run.stderr) == (0, "")
+    index = ShardIndex(tmp_path / "out")
+    assert len(index) == 21
+    reasons = {entry.source: entry.reason for entry in index.manifest.rejected}
+    assert reasons["cat/huge.jpg"] == "takes more than 0.1 s of CPU time (--picture-seconds)"
+    assert len(reasons) == 5
