@@ -39,7 +39,7 @@ def repeated(source: Path, repeat: int, target: Path) -> list[Path]:
 
 def pack(source: Path, scratch: Path, workers: int, pictures: int, *options: str) -> float:
     """Images a second of the whole command: start, listing, judging, hashing, writing, syncing."""
-    call = [sys.executable, "-m", "shards", "pack", source, "OUT", "--workers", str(workers), *options]
+    call = [sys.executable, "-m", "shards", "pack", str(source), "OUT", "--workers", str(workers), *options]
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         call[call.index("OUT")] = f"{folder}/shards"
         os.sync()  # what the arm before has left to write is not this one's
