@@ -13,7 +13,7 @@ import numpy as np
 
 from shards.errors import UserError
 from shards.index import open_records
-from shards.judge import Judge
+from shards.judge import Judge, condemn
 from shards.layout import (
     BLOCK,
     TAR_END,
@@ -92,7 +92,7 @@ def check(
         len(manifest.shards),
         workers,
         lambda pictures: progress(pictures, manifest.samples),
-        lambda task, place: task._replace(condemned=task.condemned | {place}),
+        condemn,
     )
     problems += [problem for shard in found for problem in shard]
     return Report(manifest.samples, len(manifest.shards), sum(s.bytes for s in manifest.shards), tuple(problems))

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import zlib
 from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import NamedTuple
@@ -13,14 +12,13 @@ import numpy as np
 from shards import parts
 from shards.assemble import NothingLeftError, assemble
 from shards.errors import UserError
-from shards.judge import Judge
+from shards.judge import Judge, condemn
 from shards.layout import (
     DUPLICATES_FILE,
     FORMAT_VERSION,
     INDEX_FILE,
     MANIFEST_FILE,
     PARTS,
-    RECORD,
     REJECTED_FILE,
     Manifest,
 )
@@ -59,13 +57,16 @@ def index(
         if not parts.claimed(folder, fingerprint, _ANEW):
             parts.refuse_tables(folder, _ANEW)
             parts.claim(folder, fingerprint)
+        tars = len(listing.containers)
+        # A listing of tars has their pictures tar by tar.
+        starts = np.searchsorted(listing.rows["container"], np.arange(tars + 1)).tolist()
         run_tasks(
             index_shard,
-            lambda number: _task(listing, folder, judge, number),
-            len(listing.containers),
+            lambda number: _task(listing, folder, judge, number, range(starts[number], starts[number + 1])),
+            tars,
             processes,
             lambda pictures: progress(pictures, len(listing)),
-            lambda task, place: task._replace(condemned=task.condemned | {place}),
+            condemn,
         )
         manifest = _assembled(listing, folder, judge, fingerprint)
     folder.remove_parts()
@@ -84,8 +85,7 @@ def _file(path: str) -> str:
     return PurePosixPath(path).name
 
 
-def _task(listing: Listing, folder: Folder, judge: Judge, number: int) -> _Task:
-    places = np.flatnonzero(listing.rows["container"] == number).tolist()
+def _task(listing: Listing, folder: Folder, judge: Judge, number: int, places: range) -> _Task:
     sources = [(place, listing.source(place)) for place in places]
     return _Task(number, folder, _file(listing.containers[number]), judge, sources)
 
@@ -101,8 +101,7 @@ def index_shard(task: _Task, tick: Tick) -> None:
 
 
 def _described(task: _Task, reader: SequentialReader, tick: Tick) -> parts.Part:
-    records: list[tuple[int, ...]] = []
-    digests, names, rejected = [], [], []
+    collected = parts.Collector()
     for done, (place, source) in enumerate(task.sources):
         tick(done)
         try:
@@ -111,23 +110,12 @@ def _described(task: _Task, reader: SequentialReader, tick: Tick) -> parts.Part:
             data = reader.take(source.size)
             picture = task.judge.picture(data)
         except UndecodableError as reason:
-            rejected.append((place, source.name, str(reason)))
-            continue
-        size = (picture.height, picture.width)
-        records.append((0, source.offset, source.size, *size, source.label, zlib.crc32(data)))
-        digests.append(hashlib.sha256(data).digest()[: parts.DIGEST.itemsize])
-        names.append(source.name)
+            collected.reject(place, source.name, str(reason))
+        else:
+            collected.keep(source.name, data, picture, source.offset, source.label)
     while reader.take(1 << 20):
         tick(len(task.sources))
-    return parts.Part(
-        task.file,
-        reader.digest.hexdigest(),
-        reader.position,
-        np.array(records, RECORD),
-        np.frombuffer(b"".join(digests), parts.DIGEST),
-        names,
-        rejected,
-    )
+    return collected.part(task.file, reader.digest.hexdigest(), reader.position)
 
 
 def _assembled(listing: Listing, folder: Folder, judge: Judge, fingerprint: str) -> Manifest:

@@ -1,10 +1,16 @@
 """Whether a picture becomes a sample."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from shards.layout import MAX_PICTURE_BYTES
 from shards.picture import MAX_PIXELS, Picture, UndecodableError, decode, measure
 from shards.workers import cpu_limit
+
+
+def condemn(task: Any, place: int) -> Any:
+    """A task of some engine again, its picture at that place not to be looked at: it took too long."""
+    return task._replace(condemned=task.condemned | {place})
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ in the middle and a restart change no byte.
 import dataclasses
 import hashlib
 import json
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
@@ -18,12 +17,11 @@ import numpy as np
 from shards import parts, storage, workers
 from shards.assemble import NothingLeftError, assemble
 from shards.errors import UserError
-from shards.judge import Judge
+from shards.judge import Judge, condemn
 from shards.layout import (
     BLOCK,
     FORMAT_VERSION,
     MAX_SHARDS,
-    RECORD,
     TAR_END,
     UNLABELLED,
     Manifest,
@@ -164,7 +162,7 @@ def pack(
         planned.shards,
         processes,
         lambda pictures: progress(pictures, len(listing)),
-        _condemn,
+        condemn,
     )
     manifest = _assembled(listing, out, options, planned)
     out.remove_parts()
@@ -191,10 +189,6 @@ def _task(listing: Listing, out: Folder, options: Options, planned: Plan, number
     return _Task(number, out, options, [(place, listing.source(place)) for place in places])
 
 
-def _condemn(task: _Task, place: int) -> _Task:
-    return task._replace(condemned=task.condemned | {place})
-
-
 def pack_shard(task: _Task, tick: Tick) -> _Done:
     """Write one shard and its part, unless both are there and the tar's hash is the part's. Runs in a worker."""
     file_name = shard_name(task.options.name, task.number)
@@ -218,7 +212,7 @@ def _is_kept(task: _Task, file_name: str, tick: Tick) -> bool:
 
 
 class _ShardWriter:
-    """One tar as it grows: members in, records and rejections kept, every byte hashed once."""
+    """One tar as it grows: members in, samples and rejections collected, every byte of the tar hashed once."""
 
     def __init__(self, file: BinaryIO, file_name: str, options: Options) -> None:
         self._file = file
@@ -226,10 +220,7 @@ class _ShardWriter:
         self._options = options
         self._hash = hashlib.sha256()
         self._position = 0
-        self._records: list[tuple[int, ...]] = []
-        self._digests: list[bytes] = []
-        self._names: list[str] = []
-        self._rejected: list[tuple[int, str, str]] = []
+        self._collected = parts.Collector()
 
     def add(self, place: int, source: Source, *, overran: bool) -> None:
         """Append a sample, or note why not."""
@@ -237,7 +228,7 @@ class _ShardWriter:
             self._options.judge.refuse(source.size, overran=overran)
             data, picture = _judged(source, self._options)
         except (UndecodableError, DamagedError) as reason:
-            self._rejected.append((place, source.name, str(reason)))
+            self._collected.reject(place, source.name, str(reason))
         except MemoryError:
             raise UserError(f"not enough memory to decode {source.name}; use a smaller --workers") from None
         else:
@@ -245,11 +236,7 @@ class _ShardWriter:
 
     def _append(self, key: str, source: Source, data: bytes, picture: Picture) -> None:
         header = tar_header(f"{key}.{picture.extension}", len(data))
-        offset = self._position + len(header)
-        size = (picture.height, picture.width)
-        self._records.append((0, offset, len(data), *size, source.label, zlib.crc32(data)))
-        self._digests.append(hashlib.sha256(data).digest()[: parts.DIGEST.itemsize])
-        self._names.append(source.name)
+        self._collected.keep(source.name, data, picture, self._position + len(header), source.label)
         self._write(header, data, padding(len(data)))
         if source.label != UNLABELLED:
             text = _label_text(source.label)
@@ -264,15 +251,7 @@ class _ShardWriter:
     def end(self) -> parts.Part:
         """Close the tar's structure; the file itself is the caller's."""
         self._write(TAR_END)
-        return parts.Part(
-            self._file_name,
-            self._hash.hexdigest(),
-            self._position,
-            np.array(self._records, RECORD),
-            np.frombuffer(b"".join(self._digests), parts.DIGEST),
-            self._names,
-            self._rejected,
-        )
+        return self._collected.part(self._file_name, self._hash.hexdigest(), self._position)
 
 
 def _judged(source: Source, options: Options) -> tuple[bytes, Picture]:

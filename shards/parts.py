@@ -4,11 +4,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from shards.errors import UserError
+from shards.header import Picture
 from shards.layout import (
     DUPLICATES_FILE,
     INDEX_FILE,
@@ -65,6 +67,32 @@ class Part:
         records, digests = np.frombuffer(arrays[:cut], RECORD), np.frombuffer(arrays[cut:], DIGEST)
         rejected = [(int(place), str(name), str(reason)) for place, name, reason in head["rejected"]]
         return cls(head["file"], head["sha256"], head["length"], records, digests, head["names"], rejected)
+
+
+class Collector:
+    """What becomes a part, sample by sample."""
+
+    def __init__(self) -> None:
+        self._records: list[tuple[int, ...]] = []
+        self._digests: list[bytes] = []
+        self._names: list[str] = []
+        self._rejected: list[tuple[int, str, str]] = []
+
+    def keep(self, name: str, data: bytes, picture: Picture, offset: int, label: int) -> None:
+        """A sample whose payload `data` lies at `offset` of the tar. Its shard's number is known when all are done."""
+        size = (picture.height, picture.width)
+        self._records.append((0, offset, len(data), *size, label, zlib.crc32(data)))
+        self._digests.append(hashlib.sha256(data).digest()[: DIGEST.itemsize])
+        self._names.append(name)
+
+    def reject(self, place: int, name: str, reason: str) -> None:
+        """A picture that was left out."""
+        self._rejected.append((place, name, reason))
+
+    def part(self, file: str, sha256: str, length: int) -> Part:
+        """The part of the finished tar."""
+        records, digests = np.array(self._records, RECORD), np.frombuffer(b"".join(self._digests), DIGEST)
+        return Part(file, sha256, length, records, digests, self._names, self._rejected)
 
 
 def part_name(number: int) -> str:

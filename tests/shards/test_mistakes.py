@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tarfile
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +25,7 @@ from shards import workers
 from shards.__main__ import main
 from shards.index import ShardIndex
 from shards.layout import DUPLICATES_FILE, INDEX_FILE, MANIFEST_FILE, REJECTED_FILE
+from tests.shards.archives import tar_of, zip_of
 
 ROOT = Path(__file__).resolve().parents[2]
 LONG_FOLDERS = "/".join(["d" * 120] * 4)
@@ -42,24 +42,6 @@ def picture(seed: int, format: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, format)
-    return buffer.getvalue()
-
-
-def tar_of(files: dict[str, bytes], mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def zip_of(files: dict[str, bytes]) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
     return buffer.getvalue()
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.shards.archives import slow_pictures
 from tests.shards.s3 import s3_server
 
 pytest.importorskip("ray")
@@ -105,16 +106,6 @@ def odd(tree: Path) -> Path:
     return tree
 
 
-def slow_pictures(root: Path, count: int = 80) -> Path:
-    """Class folders with pictures of few bytes: shards of 8 kB take about a second each."""
-    for number in range(count):
-        folder = root / f"class{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.new("RGB", (3000, 3000 + number), (number, 2, 3))
-        picture.save(folder / f"{number}.webp", lossless=True, method=0, quality=0)
-    return root
-
-
 def started(source: Path, out: Path) -> subprocess.Popen[str]:
     """A packing on Ray that has finished a shard, in a process group of its own."""
     call = [sys.executable, "-m", "shards", "pack", str(source), str(out), "--shard-size", "8kB", *RAY]
@@ -191,7 +182,7 @@ def test_a_source_that_cannot_be_read_is_one_line_and_the_same_command_goes_on(
 def test_ctrl_c_ends_a_cluster_of_its_own(
     tmp_path: Path, mark: str, in_group: bool, command: Command, contents: Contents
 ) -> None:
-    source, out = slow_pictures(tmp_path / "src"), tmp_path / "ray"
+    source, out = slow_pictures(tmp_path / "src", 80, 3000), tmp_path / "ray"
     process = started(source, out)
     if in_group:
         os.killpg(process.pid, signal.SIGINT)
@@ -210,7 +201,7 @@ def test_ctrl_c_ends_a_cluster_of_its_own(
 
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_leaves_nothing_behind(tmp_path: Path, mark: str) -> None:
-    source = slow_pictures(tmp_path / "src", 200)
+    source = slow_pictures(tmp_path / "src", 200, 3000)
     call = [sys.executable, "-m", "shards", "pack", str(source), str(tmp_path / "ray"), "--shard-size", "8kB", *RAY]
     pipe = subprocess.PIPE
     for tenths in range(8, 48, 4):  # while Ray starts, too
@@ -224,7 +215,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_behind(tmp_path: Path, mark: str) -
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_cluster_that_was_started_before_as_it_was(tmp_path: Path, joined: str, mark: str) -> None:
-    source, out = slow_pictures(tmp_path / "src"), tmp_path / "ray"
+    source, out = slow_pictures(tmp_path / "src", 80, 3000), tmp_path / "ray"
     for _ in range(5):  # Ray may abort a process that cancels a task which ends at that moment
         process = started(source, out)
         os.killpg(process.pid, signal.SIGINT)
@@ -240,7 +231,7 @@ def test_ctrl_c_leaves_a_cluster_that_was_started_before_as_it_was(tmp_path: Pat
 def test_a_killed_packing_goes_on_to_the_same_bytes(
     tmp_path: Path, mark: str, command: Command, contents: Contents
 ) -> None:
-    source, out = slow_pictures(tmp_path / "src"), tmp_path / "ray"
+    source, out = slow_pictures(tmp_path / "src", 80, 3000), tmp_path / "ray"
     process = started(source, out)
     process.kill()
     process.communicate()

@@ -22,9 +22,9 @@ from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from shards.layout import RECORD
+from tests.shards.archives import slow_pictures
 from tests.shards.s3 import Server, s3_server
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -148,16 +148,6 @@ def uploaded(server: Server, folder: Path, url: str) -> str:
         if path.is_file():
             server.put(f"{url}/{path.relative_to(folder)}", path.read_bytes())
     return url
-
-
-def slow_pictures(root: Path, count: int = 60) -> Path:
-    """Class folders with pictures of few bytes that take a while to decode."""
-    for number in range(count):
-        folder = root / f"class{number % 3}"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.new("RGB", (2000, 2000 + number), (number, 2, 3))
-        picture.save(folder / f"{number}.webp", lossless=True, method=0, quality=0)
-    return root
 
 
 def start(source: Path, out: str) -> subprocess.Popen[str]:
@@ -379,7 +369,7 @@ def test_what_was_uploaded_before_a_kill_is_not_uploaded_again(
     contents: Contents,
     objects: Callable[[str], dict[str, bytes]],
 ) -> None:
-    source = slow_pictures(tmp_path / "src")
+    source = slow_pictures(tmp_path / "src", 60, 2000)
     process = start(source, f"{bucket}/out")
     wait_for(lambda: len(finished(recorder)) >= 2, process)
     os.killpg(process.pid, number)
@@ -408,7 +398,7 @@ def test_killed_at_many_moments(
     contents: Contents,
     objects: Callable[[str], dict[str, bytes]],
 ) -> None:
-    source = slow_pictures(tmp_path / "src", 30)
+    source = slow_pictures(tmp_path / "src", 30, 2000)
     done(command("pack", source, tmp_path / "local", *OPTIONS))
     began = time.monotonic()
     done(command("pack", source, f"{bucket}/whole", *OPTIONS))
@@ -430,7 +420,7 @@ def test_killed_at_many_moments(
 
 @pytest.mark.slow
 def test_a_second_packer_is_refused_on_this_machine(bucket: str, recorder: Recorder, tmp_path: Path) -> None:
-    source = slow_pictures(tmp_path / "src", 40)
+    source = slow_pictures(tmp_path / "src", 40, 2000)
     first = start(source, f"{bucket}/out")
     wait_for(lambda: "out/.parts/plan.json" in recorder.stored(), first)
     second = start(source, f"{bucket}/out/")

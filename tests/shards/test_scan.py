@@ -3,7 +3,6 @@
 import io
 import json
 import os
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from shards.sources import tree
 from shards.sources.listing import Listing
 from shards.sources.read import read
 from shards.sources.scan import scan
+from tests.shards.archives import tar_of, zip_of
 
 Files = dict[str, bytes]
 
@@ -39,24 +39,6 @@ def found(listing: Listing) -> list[tuple[str, str | None]]:
 
 def contents(listing: Listing) -> list[bytes]:
     return [read(listing.source(place)) for place in range(len(listing))]
-
-
-def tar_of(files: Files, mode: str = "w") -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as tar:
-        for name, data in files.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
-def zip_of(files: Files, method: int = zipfile.ZIP_DEFLATED) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", method) as archive:
-        for name, data in files.items():
-            archive.writestr(name, data)
-    return buffer.getvalue()
 
 
 def test_class_folders(tmp_path: Path, look: Callable[..., Listing]) -> None:
