@@ -43,6 +43,12 @@ class CropRecipe:
         return 2 + self.locals
 
     @property
+    def resolutions(self) -> tuple[tuple[int, slice], ...]:
+        """Side in pixels and views of each resolution: the globals', then the locals' where there are any."""
+        globals_ = (self.global_size, slice(0, 2))
+        return (globals_, (self.local_size, slice(2, self.views))) if self.locals else (globals_,)
+
+    @property
     def sizes(self) -> tuple[int, ...]:
         """Side of each view, pixels, globals first."""
         return (self.global_size,) * 2 + (self.local_size,) * self.locals

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from pipelines.crops import CropRecipe, Windows
-from pipelines.decode_torch import decode_and_crop
+from pipelines.decode_torch import decode_and_crop, empty_crops
 from pipelines.request import Request, Undecodable
 from shards.errors import UserError
 
@@ -26,7 +26,7 @@ def build_pipeline(
     recipe: CropRecipe, source: Callable[[], Input], batch: int, device: torch.device, threads: int, depth: int
 ) -> Pipeline:
     """A DALI graph from `source` (encoded pictures; top, left, bottom, right of every view) to one output
-    [B, S, S, 3] a view. `source` ends the stream with StopIteration and is called `depth` batches ahead.
+    [B, V, S, S, 3] a resolution. `source` ends the stream with StopIteration and is called `depth` batches ahead.
 
     EXIF rotation is off, as it is in Pillow and in the sizes of the index. Windows are sliced and then resized: a
     resize of a region of interest looks at pixels beyond the window's edges, which Pillow's crop and resize does not
@@ -53,7 +53,7 @@ def build_pipeline(
             )
             for view, size in enumerate(recipe.sizes)
         ]
-        pipeline.set_outputs(*views)
+        pipeline.set_outputs(*(fn.stack(*views[of_one_size]) for _, of_one_size in recipe.resolutions))
     pipeline.build()
     return pipeline
 
@@ -84,8 +84,8 @@ class DaliDecoder:
         self._single: Pipeline | None = None
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Tensor] | Undecodable]]:
-        """Each request with its crops, one uint8 tensor [B, S, S, 3] a view, valid until the next is asked for;
-        or with the error where some picture of it does not decode."""
+        """Each request with its crops, one uint8 tensor [B, V, S, S, 3] a resolution, valid until the next is asked
+        for; or with the error where some picture of it does not decode."""
         flying: deque[Request] = deque()
         waiting = iter(requests)
 
@@ -115,27 +115,28 @@ class DaliDecoder:
         places = np.flatnonzero(tiny(request.windows))
         if not len(places):
             return crops
-        crops = [view.clone() for view in crops]
+        crops = [views.clone() for views in crops]
         try:
             for place in places.tolist():
-                for view, picture in zip(
-                    crops, self.one(request.samples[place], request.windows[:, [place]]), strict=True
-                ):
-                    view[place] = picture
+                alone = self.one(request.samples[place], request.windows[:, [place]])
+                for views, picture in zip(crops, alone, strict=True):
+                    views[place] = picture
         except Undecodable as error:
             return error
         return crops
 
     def one(self, sample: bytes, windows: Windows) -> list[Tensor]:
-        """The crops of one picture, uint8 [S, S, 3] a view; Undecodable if it does not decode."""
+        """The crops of one picture, uint8 [V, S, S, 3] a resolution; Undecodable if it does not decode."""
         if tiny(windows)[0]:
-            return [view.to(self._device) for view in decode_and_crop(sample, windows, self._recipe.sizes)]
+            crops = empty_crops(self._recipe)
+            decode_and_crop(sample, windows, self._recipe, crops)
+            return [views.to(self._device) for views in crops]
         self._waiting.append(encode_input([sample], windows))
         if self._single is None:
             self._single = build_pipeline(
                 self._recipe, lambda: self._waiting.pop(), 1, self._device, threads=1, depth=1
             )
-        return [crops[0].clone() for crops in self._run(self._single)]
+        return [views[0].clone() for views in self._run(self._single)]
 
     def _run(self, pipeline: Pipeline) -> list[Tensor]:
         stream: Any = torch.cuda.current_stream(self._device) if self._device.type == "cuda" else None

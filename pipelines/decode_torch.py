@@ -7,7 +7,7 @@ torchvision crops and resizes.
 
 import io
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 
 import numpy as np
 import torch
@@ -46,34 +46,42 @@ def crop(picture: Tensor, window: tuple[int, int, int, int], size: int) -> Tenso
     )
 
 
-def decode_and_crop(sample: bytes, windows: Windows, sizes: tuple[int, ...]) -> list[Tensor]:
-    """The crops of one picture, uint8 [S, S, 3] a view, from its windows [views, 1, 4]; Undecodable."""
+def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: list[Tensor]) -> None:
+    """The crops of one picture into `out`, uint8 [V, S, S, 3] a resolution, from its windows [views, 1, 4];
+    Undecodable."""
     picture = decode(sample)
-    places = zip(windows[:, 0].tolist(), sizes, strict=True)
+    for (size, views), crops in zip(recipe.resolutions, out, strict=True):
+        for (top, left, height, width), target in zip(windows[views, 0].tolist(), crops, strict=True):
+            # By numpy: torch's copy would start a team of threads for it in every thread that decodes.
+            target.numpy()[...] = crop(picture, (top, left, height, width), size).permute(1, 2, 0).numpy()
+
+
+def empty_crops(recipe: CropRecipe, *batch: int) -> list[Tensor]:
+    """Room for crops: uint8 [*batch, V, S, S, 3] a resolution."""
     return [
-        crop(picture, (top, left, height, width), size).permute(1, 2, 0) for (top, left, height, width), size in places
+        torch.empty(*batch, views.stop - views.start, size, size, 3, dtype=torch.uint8)
+        for size, views in recipe.resolutions
     ]
 
 
 class TorchDecoder:
-    """Decodes requests in order, the pictures of one over `threads` threads."""
+    """Decodes requests in order, the pictures of one over the threads of `pool`."""
 
-    def __init__(self, recipe: CropRecipe, threads: int) -> None:
-        self._sizes = recipe.sizes
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    def __init__(self, recipe: CropRecipe, pool: Executor) -> None:
+        self._recipe, self._pool = recipe, pool
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Tensor] | Undecodable]]:
-        """Each request with its crops, one uint8 tensor [B, S, S, 3] a view; or with the error where some picture
-        of it does not decode."""
+        """Each request with its crops, one uint8 tensor [B, V, S, S, 3] a resolution; or with the error where some
+        picture of it does not decode."""
         for request in requests:
             yield request, self._decode(request)
 
     def _decode(self, request: Request) -> list[Tensor] | Undecodable:
-        crops = [torch.empty(len(request.samples), size, size, 3, dtype=torch.uint8) for size in self._sizes]
+        crops = empty_crops(self._recipe, len(request.samples))
 
         def work(place: int) -> None:
-            for view, picture in enumerate(self.one(request.samples[place], request.windows[:, place : place + 1])):
-                crops[view][place] = picture
+            window = request.windows[:, place : place + 1]
+            decode_and_crop(request.samples[place], window, self._recipe, [views[place] for views in crops])
 
         try:
             list(self._pool.map(work, range(len(request.samples))))
@@ -82,5 +90,7 @@ class TorchDecoder:
         return crops
 
     def one(self, sample: bytes, windows: Windows) -> list[Tensor]:
-        """The crops of one picture, uint8 [S, S, 3] a view, from its windows [views, 1, 4]; Undecodable."""
-        return decode_and_crop(sample, windows, self._sizes)
+        """The crops of one picture, uint8 [V, S, S, 3] a resolution, from its windows [views, 1, 4]; Undecodable."""
+        crops = empty_crops(self._recipe)
+        decode_and_crop(sample, windows, self._recipe, crops)
+        return crops

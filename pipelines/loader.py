@@ -5,9 +5,11 @@ on (index, recipes, seed, step, rank) alone, whichever decoder makes it and wher
 """
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,14 @@ from torch import Tensor
 from pipelines.crops import CropRecipe, windows
 from pipelines.decode_torch import TorchDecoder
 from pipelines.order import Order
-from pipelines.photometric import PhotometricRecipe, augment, draw_colours
+from pipelines.photometric import Colours, PhotometricRecipe, draw_colours
+from pipelines.photometric import augment as reference_augment
 from pipelines.prefetch import Prefetcher
 from pipelines.request import Decoder, Request, Undecodable
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
+
+Augment: TypeAlias = Callable[[Tensor, Colours, Tensor], None]  # as `photometric.augment`
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ class Loader:
         self._rank, self._world, self._share = rank, world, batch // world
         self.order = Order(len(index), batch, seed)
         self.bad: dict[int, str] = {}
+        self.notes: list[str] = []
         self.stall = 0.0
 
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
@@ -141,16 +147,17 @@ class Loader:
             yield from self._made(requests)
 
     def _made(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        decoder = self._decoder()
-        for request, crops in decoder.stream(requests):
-            if isinstance(crops, Undecodable):
-                crops = self._mended(decoder, request, crops)
-            yield self._augmented(request, crops)
-
-    def _decoder(self) -> Decoder:
         threads = self._data.threads or default_threads()
+        with ThreadPoolExecutor(threads, "pictures") as pool:
+            decoder, augment = self._decoder(pool, threads), self._augmenter(pool)
+            for request, crops in decoder.stream(requests):
+                if isinstance(crops, Undecodable):
+                    crops = self._mended(decoder, request, crops)
+                yield self._augmented(augment, request, crops)
+
+    def _decoder(self, pool: Executor, threads: int) -> Decoder:
         if self._data.decode == "torch":
-            return TorchDecoder(self._crops, threads)
+            return TorchDecoder(self._crops, pool)
         try:
             from pipelines.decode_dali import DaliDecoder
         except ImportError as error:
@@ -161,6 +168,20 @@ class Loader:
         return DaliDecoder(
             self._crops, self._share, self._device if on_gpu else torch.device("cpu"), threads, self._data.prefetch
         )
+
+    def _augmenter(self, pool: Executor) -> Augment:
+        """The fastest kernel for the device. They agree to a level; the reference is what they agree with."""
+        try:
+            if self._device.type == "cuda":
+                from pipelines import photometric_triton
+
+                return photometric_triton.augment
+            from pipelines import photometric_cpu
+
+            return partial(photometric_cpu.augment, pool=pool)
+        except ImportError as error:
+            self.notes.append(f"{error}: colours take ten times as long without it")
+            return reference_augment
 
     def _mended(self, decoder: Decoder, request: Request, error: Undecodable) -> list[Tensor]:
         """The crops of a request with an undecodable picture: each picture alone, and a substitute for the bad ones."""
@@ -185,21 +206,24 @@ class Loader:
                 self._replace(request.step, request.ids, attempts, place, report)
                 request.windows[:, place : place + 1] = self._windows(request.step, request.ids[place : place + 1])
 
-    def _augmented(self, request: Request, crops: list[Tensor]) -> Batch:
-        colours = draw_colours(
-            self._colours, self._seed, self.order.epoch(request.step), request.ids, self._crops.views
-        )
-        batch = len(request.ids)
-        globals_ = self._empty(2 * batch, self._crops.global_size)
-        locals_ = self._empty(self._crops.locals * batch, self._crops.local_size) if self._crops.locals else None
-        targets = [*globals_.split(batch), *(() if locals_ is None else locals_.split(batch))]
-        for number, (view, target) in enumerate(zip(crops, targets, strict=True)):
-            augment(view.to(self._device, non_blocking=True), colours[number], target)
+    def _augmented(self, augment: Augment, request: Request, crops: list[Tensor]) -> Batch:
+        epoch = self.order.epoch(request.step)
+        colours = draw_colours(self._colours, self._seed, epoch, request.ids, self._crops.views)
+        batches = []
+        for (size, views), pictures in zip(self._crops.resolutions, crops, strict=True):
+            batches.append(self._empty(len(request.ids) * (views.stop - views.start), size))
+            augment(self._on_device(pictures), colours[views], batches[-1])
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
-        return Batch(request.step, request.ids, globals_, locals_, ready)
+        return Batch(request.step, request.ids, batches[0], batches[1] if self._crops.locals else None, ready)
+
+    def _on_device(self, pictures: Tensor) -> Tensor:
+        """Crops made on the CPU to the GPU, through pinned memory, so that the host need not wait for the copy."""
+        if pictures.device.type == self._device.type:
+            return pictures
+        return pictures.pin_memory().to(self._device, non_blocking=True)
 
     def _empty(self, pictures: int, side: int) -> Tensor:
         return torch.empty(

@@ -24,6 +24,8 @@ Parameters = npt.NDArray[np.float64]  # one number a picture
 Operation = Callable[[Tensor, Parameters], Tensor]  # on uint8 [B, S, S, 3]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+NONE = -1  # in place of an operation
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing, by operation
 _ORDERS = np.array(list(permutations(range(4))))
 _DRAWS = 11
 BLUR_RADIUS = 7  # pixels: 3.5 sigma at the widest published blur
@@ -76,8 +78,8 @@ class Colours:
     sigma: npt.NDArray[np.float64]  # pixels; 0 for no blur
     solarize: npt.NDArray[np.bool_]
 
-    def __getitem__(self, key: int | slice) -> "Colours":
-        """One view's parameters (arrays [B] and [B, 4]), or of those a range of pictures."""
+    def __getitem__(self, key: Any) -> "Colours":
+        """All arrays indexed alike: one view's parameters ([B] and [B, 4]), those of some views, of some pictures."""
         return Colours(*(getattr(self, field.name)[key] for field in fields(self)))
 
 
@@ -93,7 +95,7 @@ def draw_colours(recipe: PhotometricRecipe, seed: int, epoch: int, ids: npt.NDAr
         flip=u[..., 0] < recipe.flip,
         jitter=u[..., 1] < recipe.jitter,
         order=_ORDERS[(u[..., 2] * len(_ORDERS)).astype(np.int64)],
-        factor=np.array([1, 1, 1, 0]) + strengths * (2 * u[..., 3:7] - 1),
+        factor=NEUTRAL + strengths * (2 * u[..., 3:7] - 1),
         grey=u[..., 7] < recipe.grey,
         sigma=np.where(u[..., 8] < blur, low + (high - low) * u[..., 9], 0.0),
         solarize=u[..., 10] < solarize,
@@ -101,30 +103,37 @@ def draw_colours(recipe: PhotometricRecipe, seed: int, epoch: int, ids: npt.NDAr
 
 
 def augment(pictures: Tensor, colours: Colours, out: Tensor) -> None:
-    """One view: `pictures` uint8 [B, S, S, 3] and their `colours` [B], normalised into `out` [B, 3, S, S]."""
-    batch, side = pictures.shape[:2]
+    """All views of one resolution: `pictures` uint8 [B, V, S, S, 3] and their `colours` [V, B], normalised into `out`
+    [V·B, 3, S, S], view-major. The reference: every fast kernel has this contract."""
+    batch, side = len(pictures), pictures.shape[2]
     step = batch if pictures.is_cuda else max(1, CHUNK_PIXELS // side**2)
-    for first in range(0, batch, step):
-        part = slice(first, first + step)
-        normalise(apply_colours(pictures[part], colours[part]), out[part])
+    for view, target in enumerate(out.split(batch)):
+        for first in range(0, batch, step):
+            part = slice(first, first + step)
+            normalise(apply_colours(pictures[part, view], colours[view][part]), target[part])
 
 
 def apply_colours(pictures: Tensor, colours: Colours) -> Tensor:
-    """Everything but the normalisation: uint8 [B, S, S, 3], left as they are, to the same shape.
-
-    A factor of exactly 1 (or a shift of 0) leaves its operation out, as torchvision does for a strength of 0.
-    """
+    """Everything but the normalisation: uint8 [B, S, S, 3], left as they are, to the same shape."""
     pictures = pictures.clone()
     _change(pictures, colours.flip, lambda chosen, _: chosen.flip(2), colours.flip)
+    operations = active_operations(colours)
     for turn in range(4):
-        for operation, neutral in ((BRIGHTNESS, 1), (CONTRAST, 1), (SATURATION, 1), (HUE, 0)):
-            factor = colours.factor[:, operation]
-            chosen = colours.jitter & (colours.order[:, turn] == operation) & (factor != neutral)
-            _change(pictures, chosen, _JITTER[operation], factor)
+        for operation, change in _JITTER.items():
+            _change(pictures, operations[:, turn] == operation, change, colours.factor[:, operation])
     _change(pictures, colours.grey, lambda chosen, _: grey(chosen), colours.grey)
     _change(pictures, colours.sigma > 0, gaussian_blur, colours.sigma)
     _change(pictures, colours.solarize, lambda chosen, _: solarize(chosen), colours.solarize)
     return pictures
+
+
+def active_operations(colours: Colours) -> npt.NDArray[np.int64]:
+    """The jitter's operations that change a picture [..., 4], in their order, then NONE: a factor of exactly 1 (or a
+    shift of 0) leaves its operation out, as torchvision does for a strength of 0."""
+    changes = colours.jitter[..., None] & (colours.factor != NEUTRAL)  # by operation
+    active = np.take_along_axis(changes, colours.order, -1)
+    first = np.argsort(~active, axis=-1, kind="stable")
+    return np.take_along_axis(np.where(active, colours.order, NONE), first, -1)
 
 
 def _change(pictures: Tensor, chosen: npt.NDArray[np.bool_], operation: Operation, parameter: npt.NDArray[Any]) -> None:
@@ -194,19 +203,25 @@ def solarize(pictures: Tensor) -> Tensor:
 
 def gaussian_blur(pictures: Tensor, sigma: Parameters) -> Tensor:
     """Gaussian blur with `sigma` [B] pixels: a separable 15-tap kernel, reflected at the edges, rounded to 8 bits."""
-    taps = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
-    kernel = np.exp(-0.5 * (taps / sigma[:, None]) ** 2)
-    kernel /= kernel.sum(1, keepdims=True)
-    weights = [_per_picture(kernel[:, tap], pictures) for tap in range(len(taps))]
+    kernel = blur_weights(sigma)
+    weights = [_per_picture(kernel[:, tap], pictures) for tap in range(2 * BLUR_RADIUS + 1)]
     side = pictures.shape[1]
     reflect = torch.from_numpy(np.pad(np.arange(side), BLUR_RADIUS, "reflect")).to(pictures.device, non_blocking=True)
     blurred = pictures.to(torch.float32)
     for axis in (1, 2):
         padded = blurred.index_select(axis, reflect)
         blurred = padded.narrow(axis, 0, side) * weights[0]
-        for tap in range(1, len(taps)):
+        for tap in range(1, 2 * BLUR_RADIUS + 1):
             blurred.addcmul_(padded.narrow(axis, tap, side), weights[tap])
     return blurred.round_().to(torch.uint8)
+
+
+def blur_weights(sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The Gaussian kernels [..., 15] of `sigma` [...] pixels, each of sum 1; a sigma of 0 stands for no blur."""
+    taps = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
+    kernels = np.exp(-0.5 * (taps / np.where(sigma > 0, sigma, 1)[..., None]) ** 2)
+    weights: npt.NDArray[np.float64] = kernels / kernels.sum(-1, keepdims=True)
+    return weights
 
 
 _JITTER = {BRIGHTNESS: brightness, CONTRAST: contrast, SATURATION: saturation, HUE: hue}
@@ -217,3 +232,11 @@ def normalise(pictures: Tensor, out: Tensor) -> None:
     scale = torch.tensor([1 / (255 * std) for std in STD], device=pictures.device)
     shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)], device=pictures.device)
     out.permute(0, 2, 3, 1).copy_((pictures * scale).add_(shift))
+
+
+def normalised_levels(dtype: torch.dtype) -> Tensor:
+    """What `normalise` makes of each level: [3, 256], by channel."""
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
+    out = torch.empty(1, 3, 16, 16, dtype=dtype)
+    normalise(levels, out)
+    return out.view(3, 256)

@@ -26,11 +26,12 @@ class Request:
 
 
 class Decoder(Protocol):
-    """Makes 8-bit crops: one uint8 tensor [B, S, S, 3] a view, the same for a picture alone as in any batch."""
+    """Makes 8-bit crops: one uint8 tensor [B, V, S, S, 3] a resolution (`CropRecipe.resolutions`), the same for a
+    picture alone as in any batch."""
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Tensor] | Undecodable]]:
         """Each request with its crops, valid until the next is asked for; or with the error where some picture of it
         does not decode."""
 
     def one(self, sample: bytes, windows: Windows) -> list[Tensor]:
-        """The crops of one picture, uint8 [S, S, 3] a view, from its windows [views, 1, 4]; Undecodable."""
+        """The crops of one picture, uint8 [V, S, S, 3] a resolution, from its windows [views, 1, 4]; Undecodable."""

@@ -1,6 +1,7 @@
 """DALI and torchvision against Pillow, picture by picture."""
 
 import io
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ DECODERS = ("dali", "torch")
 
 
 def build(kind: str, recipe: CropRecipe, batch: int):
-    return DaliDecoder(recipe, batch, CPU, threads=2) if kind == "dali" else TorchDecoder(recipe, threads=2)
+    return DaliDecoder(recipe, batch, CPU, threads=2) if kind == "dali" else TorchDecoder(recipe, ThreadPoolExecutor(2))
 
 
 def rgb(sample: bytes) -> Image.Image:
@@ -51,8 +52,9 @@ def difference_to_pillow(kind: str, request: Request, recipe: CropRecipe) -> np.
     (_, crops), *more = list(build(kind, recipe, len(request.samples)).stream([request]))
     assert not more
     assert not isinstance(crops, Undecodable), crops
+    views = [view for crops_of_one_size in crops for view in crops_of_one_size.unbind(1)]
     return np.array([
-        [np.abs(crops[view][place].numpy().astype(int) - expected).mean() for view, expected in enumerate(
+        [np.abs(views[view][place].numpy().astype(int) - expected).mean() for view, expected in enumerate(
             pillow_crops(sample, request.windows[:, place], recipe.sizes))]
         for place, sample in enumerate(request.samples)
     ]).T  # fmt: skip
@@ -113,7 +115,7 @@ def test_a_bad_picture_fails_its_own_request_only(kind: str, index: ShardIndex):
     assert outcomes == [(0, False), (1, True), (0, False), (1, True), (1, True), (0, False), (0, False)]
     with pytest.raises(Undecodable):
         decoder.one(samples[3], bad.windows[:, [3]])
-    assert len(decoder.one(samples[2], bad.windows[:, [2]])) == RECIPE.views
+    assert sum(map(len, decoder.one(samples[2], bad.windows[:, [2]]))) == RECIPE.views
 
 
 def test_tiny_windows_are_found_by_their_thinner_side():

@@ -8,19 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from pipelines import photometric as ph
-
-
-def some_pictures(count: int, side: int, seed: int = 0) -> Tensor:
-    """Smooth colour fields with noise on them, and flat ones: uint8 [count, side, side, 3]."""
-    rng = np.random.default_rng(seed)
-    y, x = np.mgrid[0:side, 0:side] / side
-    waves = [np.sin(rng.uniform(1, 9, (count, 1, 1, 3)) * axis[None, :, :, None] + rng.uniform(0, 6, (count, 1, 1, 3)))
-             for axis in (x, y)]  # fmt: skip
-    levels = 127 + 90 * (waves[0] + waves[1]) / 1.5 + rng.normal(0, 12, (count, side, side, 3))
-    pictures = torch.from_numpy(levels.clip(0, 255).astype(np.uint8))
-    for place, level in enumerate((0, 255, 77)[: count - 1]):
-        pictures[place] = level
-    return pictures
+from tests.pipelines.pictures import some_pictures
 
 
 def one_by_one(operation, pictures: Tensor, values) -> Tensor:
@@ -100,13 +88,12 @@ def test_a_whole_view_is_torchvisions_chain(seed, view, side):
 
 
 def test_augment_normalises_and_does_not_depend_on_the_batch(monkeypatch):
-    pictures = some_pictures(10, 32)
-    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(10), 3)[2]
-    whole = torch.empty(10, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    pictures = torch.stack([some_pictures(10, 32), some_pictures(10, 32, 1)], 1)
+    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(10), 4)[2:]
+    whole = torch.empty(20, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     ph.augment(pictures, colours, whole)
-    expected = F.normalize(
-        ph.apply_colours(pictures, colours).permute(0, 3, 1, 2).double() / 255, list(ph.MEAN), list(ph.STD)
-    )
+    levels = torch.cat([ph.apply_colours(pictures[:, view], colours[view]) for view in range(2)])
+    expected = F.normalize(levels.permute(0, 3, 1, 2).double() / 255, list(ph.MEAN), list(ph.STD))
     assert torch.allclose(whole.double(), expected, atol=1e-6)
     monkeypatch.setattr(ph, "CHUNK_PIXELS", 3 * 32 * 32)
     parts = torch.empty_like(whole)
@@ -153,3 +140,21 @@ def test_strengths_of_zero_leave_the_picture_alone():
     for view in range(3):
         colours = ph.draw_colours(recipe, 0, 0, np.arange(6), 3)[view]
         assert torch.equal(ph.apply_colours(pictures, colours), pictures)
+
+
+def test_active_operations_are_in_their_order_and_without_the_neutral_ones():
+    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(2), 1)[0]
+    colours.jitter[:] = True, False
+    colours.order[0] = 3, 1, 0, 2
+    colours.factor[0] = 0.9, 1.0, 1.0, 0.02
+    assert ph.active_operations(colours).tolist() == [[ph.HUE, ph.BRIGHTNESS, ph.NONE, ph.NONE], [ph.NONE] * 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_normalised_levels_are_what_normalise_makes(dtype):
+    pictures = some_pictures(3, 24)
+    out = torch.empty(3, 3, 24, 24, dtype=dtype)
+    ph.normalise(pictures, out)
+    table = ph.normalised_levels(dtype)
+    for channel in range(3):
+        assert torch.equal(table[channel][pictures[..., channel].long()], out[:, channel])
