@@ -83,7 +83,7 @@ class Recipe:
 # Settings that may differ between the sittings of one run: they change where and how it runs, not what comes out.
 FREE_TO_CHANGE = (
     "output", "max_steps", "device", "log_every", "accept_changes", "checkpoint",
-    "data.train", "data.threads", "data.prefetch", "data.max_bad_samples",
+    "data.train", "data.threads", "data.prefetch", "data.max_bad_samples", "data.timeout", "data.hw_decoder_load",
 )  # fmt: skip
 
 
@@ -136,7 +136,8 @@ def explain(message: str, settings: dict[str, Any]) -> str:
         return f"unknown setting {name}: {hint}"
     if message.startswith("Problems parsing config"):
         return f"the file given with --config is not valid YAML: {' '.join(message.split()[3:])}"
-    wrong = re.search(r'Parser key "([\w.]+)":\s+Expected.*Got value: (.*)', message)
+    # Where pydantic is installed, jsonargparse lets it check ranges, and speaks in its words.
+    wrong = re.search(r'Parser key "([\w.]+)":\s+(?:Expected|\d+ validation).*Got value: (.*)', message, re.DOTALL)
     if wrong and wrong[1] in settings:
         return f"{wrong[1]} = {wrong[2]}: expected {allowed(settings[wrong[1]])}"
     return " ".join(message.split())

@@ -62,7 +62,7 @@ class Monitor:
         self._ranks, self._batch, self._log_every = ranks, batch, log_every
         self._steps_per_epoch, self._epochs, self._stop = steps_per_epoch, -(-stop // steps_per_epoch), stop
         self._sums: Tensor | None = None  # of loss, teacher entropy and gradient norm since the last log
-        self._steps, self._stall, self._reported = 0, 0.0, 0
+        self._steps, self._reported = 0, 0
         self._clock = Clock()
         self._writers = Writers(output, start) if ranks.first else None
         self._display = Display(start, stop) if ranks.first else None
@@ -108,22 +108,23 @@ class Monitor:
     def _log(self, step: int, at: Hyper, loader: Loader) -> None:
         assert self._sums is not None
         world = self._ranks.world
-        totals = torch.cat(
-            [self._sums / self._steps, self._sums.new_tensor([loader.stall - self._stall, len(loader.bad)])]
-        )
+        data = loader.figures()
+        own = [data.stall, data.read_bytes / 1e6, data.requests_ready, data.batches_ready, len(loader.bad)]
+        totals = torch.cat([self._sums / self._steps, self._sums.new_tensor(own)])
         if world > 1:
             dist.all_reduce(totals)
-        loss, entropy, norm, stall, bad = totals.tolist()  # waits for the device
+        loss, entropy, norm, stall, read, requests, batches, bad = totals.tolist()  # waits for the device
         seconds = max(self._clock.read(), 1e-9)
         rate = self._steps * self._batch / seconds
         row = {
             "step": step, "epoch": step // self._steps_per_epoch, "loss": loss / world,
             "teacher_entropy": entropy / world, "grad_norm": norm / world, "lr": at.lr, "weight_decay": at.weight_decay,
             "ema_momentum": at.momentum, "teacher_temp": at.teacher_temp, "images_per_s": rate,
-            "images_per_s_per_gpu": rate / world, "stall": min(1.0, stall / world / seconds), "bad_samples": int(bad),
-            "seconds": seconds, "time": time.time(),
+            "images_per_s_per_gpu": rate / world, "stall": min(1.0, stall / world / seconds),
+            "read_mb_per_s": read / seconds, "requests_ready": requests / world, "batches_ready": batches / world,
+            "bad_samples": int(bad), "seconds": seconds, "time": time.time(),
         }  # fmt: skip
-        self._sums, self._steps, self._stall = None, 0, loader.stall
+        self._sums, self._steps = None, 0
         if self._display is not None and self._writers is not None:
             self._display.show(step + 1, f"{row['epoch'] + 1}/{self._epochs}", row)
             self._writers.write(row)

@@ -64,7 +64,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
         output, ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start, stop=stop,
         log_every=recipe.log_every,
     ) as monitor:  # fmt: skip
-        for note in notes:
+        for note in [*notes, *loader.notes]:
             monitor.say(note)
         for batch in loader.batches(start, stop):
             at = schedules.at(batch.step)

@@ -41,9 +41,10 @@ def decode(sample: bytes) -> Tensor:
 def crop(picture: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
     """`window` (top, left, height, width) of uint8 [3, H, W], resized bicubic with antialiasing to [3, size, size]."""
     top, left, height, width = window
-    return F.resize(
-        picture[:, top : top + height, left : left + width], [size, size], InterpolationMode.BICUBIC, antialias=True
-    )
+    pixels = picture.permute(1, 2, 0).numpy()[top : top + height, left : left + width]
+    # In one piece, by numpy: torch would make this copy itself, with a team of threads in every thread that decodes.
+    part = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
+    return F.resize(part, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
 def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: list[Tensor]) -> None:
@@ -52,7 +53,6 @@ def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: li
     picture = decode(sample)
     for (size, views), crops in zip(recipe.resolutions, out, strict=True):
         for (top, left, height, width), target in zip(windows[views, 0].tolist(), crops, strict=True):
-            # By numpy: torch's copy would start a team of threads for it in every thread that decodes.
             target.numpy()[...] = crop(picture, (top, left, height, width), size).permute(1, 2, 0).numpy()
 
 
@@ -69,15 +69,18 @@ class TorchDecoder:
 
     def __init__(self, recipe: CropRecipe, pool: Executor) -> None:
         self._recipe, self._pool = recipe, pool
+        self._crops: list[Tensor] = []  # one batch's, used again: fresh memory costs as much as filling it
 
     def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Tensor] | Undecodable]]:
-        """Each request with its crops, one uint8 tensor [B, V, S, S, 3] a resolution; or with the error where some
-        picture of it does not decode."""
+        """Each request with its crops, one uint8 tensor [B, V, S, S, 3] a resolution, valid until the next is asked
+        for; or with the error where some picture of it does not decode."""
         for request in requests:
             yield request, self._decode(request)
 
     def _decode(self, request: Request) -> list[Tensor] | Undecodable:
-        crops = empty_crops(self._recipe, len(request.samples))
+        if not self._crops or len(self._crops[0]) != len(request.samples):
+            self._crops = empty_crops(self._recipe, len(request.samples))
+        crops = self._crops
 
         def work(place: int) -> None:
             window = request.windows[:, place : place + 1]

@@ -8,8 +8,7 @@ import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Annotated, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,10 +23,14 @@ from pipelines.photometric import Colours, PhotometricRecipe, draw_colours
 from pipelines.photometric import augment as reference_augment
 from pipelines.prefetch import Prefetcher
 from pipelines.request import Decoder, Request, Undecodable
+from pipelines.stall import StallClock
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
 
-Augment: TypeAlias = Callable[[Tensor, Colours, Tensor], None]  # as `photometric.augment`
+_MAKING = 60  # seconds that a batch may take once its pictures are read
+
+# As `photometric.augment`, and threads for it.
+Augment: TypeAlias = Callable[[Tensor, Colours, Tensor, Executor], None]
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,11 @@ class DataRecipe:
     """length of the queues: requests read ahead, batches being decoded, and batches ready for the step"""
     max_bad_samples: Annotated[int, Ge(0)] = 100
     """unreadable samples that each rank replaces before it stops the run"""
+    timeout: Annotated[int, Ge(1)] = 300
+    """seconds without a batch after which the run stops: storage or a decoder is stuck"""
+    hw_decoder_load: Annotated[float, Ge(-1), Le(1)] = -1.0
+    """share of the pictures that the GPU's JPEG engines decode, the rest being left to its cores and the CPU threads;
+    -1: by the number of threads"""
 
 
 @dataclass
@@ -59,10 +67,20 @@ class Batch:
     ready: torch.cuda.Event | None = None  # recorded behind the batch on the stream that made it
 
 
+@dataclass(frozen=True)
+class Figures:
+    """What a loader did in some stretch of a run."""
+
+    stall: float  # seconds that the step stood waiting for batches
+    read_bytes: int  # of compressed pictures
+    requests_ready: float  # read ahead when the decoder asked for the next, on average; up to `prefetch`
+    batches_ready: float  # made ahead when the step asked for the next, on average; up to `prefetch`
+
+
 class Loader:
     """Batches of `batch // world` pictures a rank, in the asked dtype, on the device.
 
-    `bad` lists the reports of samples that had to be replaced; `stall` counts the seconds the step waited for data.
+    `bad` lists the reports of samples that had to be replaced; `notes` says what makes it slower than it could be.
     """
 
     def __init__(
@@ -92,17 +110,41 @@ class Loader:
         self._rank, self._world, self._share = rank, world, batch // world
         self.order = Order(len(index), batch, seed)
         self.bad: dict[int, str] = {}
-        self.notes: list[str] = []
-        self.stall = 0.0
+        self._augment, self.notes = augment_kernel(device)
+        self._stall = StallClock(device)
+        self._read_bytes = 0
+        self._prefetchers: list[Prefetcher[Any]] = []
+        self._before = (0.0, 0, [(0, 0), (0, 0)])  # the totals when `figures` was last called
 
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The batches of steps start … stop − 1. Each stays valid for as long as it is held. Close it to stop early."""
-        requests = Prefetcher((self._read(step) for step in range(start, stop)), self._data.prefetch, "reading shards")
-        with requests, Prefetcher(self._make(requests), self._data.prefetch, "making batches") as made:
-            for batch in made:
-                self.stall += made.waited
-                made.waited = 0.0
-                yield self._hand_over(batch)
+        depth, limit = self._data.prefetch, self._data.timeout
+        steps = (self._read(step) for step in range(start, stop))
+        # The limits differ so that the error names the stage that is stuck.
+        with (
+            Prefetcher(steps, depth, "reading shards", limit) as requests,
+            Prefetcher(self._make(requests), depth, "making batches", limit + _MAKING) as made,
+        ):
+            self._prefetchers = [requests, made]
+            while True:
+                self._stall.ask()
+                batch = next(made, None)
+                if batch is None:
+                    return
+                self._hand_over(batch)
+                self._stall.get()
+                yield batch
+
+    def figures(self) -> Figures:
+        """Since this was last called."""
+        stall, read, queues = self._before
+        now = self._stall.read(), self._read_bytes, [(made.taken, made.queued) for made in self._prefetchers]
+        self._before = now
+        ready = [
+            (now_queued - queued) / max(1, now_taken - taken)
+            for (taken, queued), (now_taken, now_queued) in zip(queues, now[2], strict=False)
+        ]
+        return Figures(now[0] - stall, now[1] - read, *(ready or (0.0, 0.0)))
 
     # Reading: bytes and windows
 
@@ -112,6 +154,7 @@ class Loader:
         while True:
             try:
                 samples = self._index.read(ids)
+                self._read_bytes += sum(map(len, samples))
                 return Request(step, ids, samples, self._windows(step, ids))
             except BadSample as bad:
                 place = int(np.flatnonzero(ids == bad.id)[0])
@@ -149,39 +192,31 @@ class Loader:
     def _made(self, requests: Iterator[Request]) -> Iterator[Batch]:
         threads = self._data.threads or default_threads()
         with ThreadPoolExecutor(threads, "pictures") as pool:
-            decoder, augment = self._decoder(pool, threads), self._augmenter(pool)
+            decoder = self._decoder(pool, threads)
             for request, crops in decoder.stream(requests):
                 if isinstance(crops, Undecodable):
                     crops = self._mended(decoder, request, crops)
-                yield self._augmented(augment, request, crops)
+                yield self._augmented(request, crops, pool)
 
     def _decoder(self, pool: Executor, threads: int) -> Decoder:
         if self._data.decode == "torch":
             return TorchDecoder(self._crops, pool)
         try:
-            from pipelines.decode_dali import DaliDecoder
+            from pipelines.decode_dali import DaliDecoder, Hardware, hw_share, largest_usual
         except ImportError as error:
             raise UserError(
                 f"DALI does not import ({error}): pip install 'dino-fast[dali]', or pass --data.decode torch"
             ) from error
         on_gpu = self._device.type == "cuda" and self._data.decode_device != "cpu"
+        load = self._data.hw_decoder_load
         return DaliDecoder(
-            self._crops, self._share, self._device if on_gpu else torch.device("cpu"), threads, self._data.prefetch
+            self._crops,
+            self._share,
+            self._device if on_gpu else torch.device("cpu"),
+            threads,
+            self._data.prefetch,
+            hardware=Hardware(hw_share(threads) if load < 0 else load, *largest_usual(self._index)),
         )
-
-    def _augmenter(self, pool: Executor) -> Augment:
-        """The fastest kernel for the device. They agree to a level; the reference is what they agree with."""
-        try:
-            if self._device.type == "cuda":
-                from pipelines import photometric_triton
-
-                return photometric_triton.augment
-            from pipelines import photometric_cpu
-
-            return partial(photometric_cpu.augment, pool=pool)
-        except ImportError as error:
-            self.notes.append(f"{error}: colours take ten times as long without it")
-            return reference_augment
 
     def _mended(self, decoder: Decoder, request: Request, error: Undecodable) -> list[Tensor]:
         """The crops of a request with an undecodable picture: each picture alone, and a substitute for the bad ones."""
@@ -206,13 +241,13 @@ class Loader:
                 self._replace(request.step, request.ids, attempts, place, report)
                 request.windows[:, place : place + 1] = self._windows(request.step, request.ids[place : place + 1])
 
-    def _augmented(self, augment: Augment, request: Request, crops: list[Tensor]) -> Batch:
+    def _augmented(self, request: Request, crops: list[Tensor], pool: Executor) -> Batch:
         epoch = self.order.epoch(request.step)
         colours = draw_colours(self._colours, self._seed, epoch, request.ids, self._crops.views)
         batches = []
         for (size, views), pictures in zip(self._crops.resolutions, crops, strict=True):
             batches.append(self._empty(len(request.ids) * (views.stop - views.start), size))
-            augment(self._on_device(pictures), colours[views], batches[-1])
+            self._augment(self._on_device(pictures), colours[views], batches[-1], pool)
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
@@ -230,7 +265,7 @@ class Loader:
             pictures, 3, side, side, dtype=self._dtype, device=self._device, memory_format=torch.channels_last
         )
 
-    def _hand_over(self, batch: Batch) -> Batch:
+    def _hand_over(self, batch: Batch) -> None:
         """Let the step's stream wait for the batch, not the host; and keep its memory until that stream is done."""
         if batch.ready is not None:
             stream = torch.cuda.current_stream(self._device)
@@ -238,7 +273,22 @@ class Loader:
             for views in (batch.globals, batch.locals):
                 if views is not None:
                     views.record_stream(stream)
-        return batch
+
+
+def augment_kernel(device: torch.device) -> tuple[Augment, list[str]]:
+    """The fastest way to augment on a device, and what to tell where that is not installed. All ways agree to a level;
+    the reference is what they agree with."""
+    try:
+        if device.type == "cpu":
+            from pipelines import photometric_cpu
+
+            return photometric_cpu.augment, []
+        from pipelines import photometric_triton
+
+        return lambda pictures, colours, out, _: photometric_triton.augment(pictures, colours, out), []
+    except ImportError as error:
+        note = f"{error}: colours take several times as long without it"
+        return lambda pictures, colours, out, _: reference_augment(pictures, colours, out), [note]
 
 
 def default_threads() -> int:

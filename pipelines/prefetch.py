@@ -21,14 +21,15 @@ class Prefetcher(Generic[Item], Iterator[Item]):
 
     What the thread raises is raised here, in its place. A wait of more than `limit` seconds is a TimeoutError that
     names what was waited for. `close()` (or the end of a `with`) stops the thread, which drops what it holds.
-    `waited` counts the seconds that the taker stood at an empty queue.
+    `taken` counts the items, `waited` the seconds that the taker stood at an empty queue, `queued` sums up how many
+    items lay ready whenever one was asked for.
     """
 
     def __init__(self, items: Iterator[Item], depth: int, name: str, limit: float = 600.0) -> None:
-        self.waited = 0.0
+        self.waited, self.taken, self.queued = 0.0, 0, 0
         self._name, self._limit = name, limit
         self._queue: queue.Queue[Item | Exception] = queue.Queue(depth)
-        self._stop = threading.Event()
+        self._stop, self._stuck = threading.Event(), False
         self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
         self._thread.start()
 
@@ -53,8 +54,10 @@ class Prefetcher(Generic[Item], Iterator[Item]):
 
     def __next__(self) -> Item:
         start = time.monotonic()
+        self.queued += self._queue.qsize()
         item = self._get(start + self._limit)
         self.waited += time.monotonic() - start
+        self.taken += 1
         if isinstance(item, Exception):
             self._queue.put_nowait(item)  # asked again, it answers the same
             if isinstance(item, _End):
@@ -64,16 +67,21 @@ class Prefetcher(Generic[Item], Iterator[Item]):
 
     def _get(self, deadline: float) -> Item | Exception:
         while True:
+            alive = self._thread.is_alive()  # before the look: what it puts as its last is then found
             with contextlib.suppress(queue.Empty):
                 return self._queue.get(timeout=_POLL)
             if self._stop.is_set():
                 return _End()
+            if not alive:
+                raise RuntimeError(f"{self._name}: the thread died without a word")
             if time.monotonic() > deadline:
+                self._stuck = True
                 raise TimeoutError(f"{self._name}: nothing came for {self._limit:.0f} s; is the storage stuck?")
 
     def close(self) -> None:
         self._stop.set()
-        self._thread.join(timeout=30)
+        if not self._stuck:
+            self._thread.join(timeout=30)
 
     def __enter__(self) -> "Prefetcher[Item]":
         return self

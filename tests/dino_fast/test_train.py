@@ -27,7 +27,10 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     first, second = state_of(one), state_of(other)
     assert first["step"] == second["step"]
     torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
-    timing = {"images_per_s", "images_per_s_per_gpu", "stall", "seconds", "time"}
+    timing = {
+        "images_per_s", "images_per_s_per_gpu", "stall", "read_mb_per_s", "requests_ready", "batches_ready", "seconds",
+        "time",
+    }  # fmt: skip
     logged = [[{k: v for k, v in row.items() if k not in timing} for row in rows_of(run)] for run in (one, other)]
     assert logged[0] == logged[1]
 

@@ -1,6 +1,8 @@
 """Batches as pure functions of (index, recipe, seed, step, rank), and what happens to bad samples."""
 
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -189,8 +191,6 @@ def test_wrong_batch_sizes_are_refused(index: ShardIndex):
 
 
 def test_a_loader_left_early_leaves_no_threads(index: ShardIndex):
-    import threading
-
     before = threading.active_count()
     batches = build(index, decode="torch").batches(0, 1000)
     next(batches)
@@ -198,3 +198,51 @@ def test_a_loader_left_early_leaves_no_threads(index: ShardIndex):
     names = [thread.name for thread in threading.enumerate()]
     assert not [name for name in names if name in ("reading shards", "making batches")], names
     assert threading.active_count() <= before + 2  # the decoder's idle pool goes with its last reference
+
+
+def test_figures_count_since_they_were_last_asked_for(index: ShardIndex):
+    loader = build(index, decode="torch", prefetch=3)
+    batches = loader.batches(0, 10)
+    read = 0
+    for _ in range(5):
+        read += sum(int(index.records["size"][number]) for number in next(batches).ids)
+    first = loader.figures()
+    assert first.read_bytes >= read  # some is read ahead
+    assert first.stall > 0  # the first batch had to be made
+    assert 0 <= first.requests_ready <= 3
+    assert 0 <= first.batches_ready <= 3
+    list(batches)
+    second = loader.figures()
+    sizes = index.records["size"][np.concatenate([loader.order.ids(step) for step in range(10)])]
+    assert first.read_bytes + second.read_bytes == sizes.sum()
+    assert loader.figures().read_bytes == 0
+
+
+def test_a_shard_that_is_damaged_while_it_is_read_is_replaced_and_reported(shard_folder: Path, tmp_path: Path):
+    folder = shutil.copytree(shard_folder, tmp_path / "damaged-later")
+    with ShardIndex(folder) as index:
+        loader = build(index, decode="torch", prefetch=1)
+        batches = loader.batches(0, 20)
+        next(batches)
+        path = folder / index.manifest.shards[0].file
+        lost = np.flatnonzero(index.records["shard"] == 0)
+        with path.open("r+b") as file:
+            for number in lost:
+                file.seek(int(index.records["offset"][number]))
+                file.write(bytes(int(index.records["size"][number])))
+        rest = list(batches)
+    assert len(rest) == 19
+    assert set(loader.bad) == set(lost.tolist())
+    assert not np.isin(np.concatenate([batch.ids for batch in rest[6:]]), lost).any()
+    assert all(path.name in report and "crc32 differs" in report for report in loader.bad.values())
+
+
+def test_a_stuck_read_is_an_error_within_the_time_limit(index: ShardIndex, monkeypatch: pytest.MonkeyPatch):
+    release = threading.Event()
+    monkeypatch.setattr(index, "read", lambda ids: release.wait() and [])
+    batches = build(index, decode="torch", timeout=1).batches(0, 3)
+    start = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"reading shards: nothing came for 1 s; is the storage stuck\?"):
+        next(batches)
+    assert time.monotonic() - start < 20
+    release.set()

@@ -70,3 +70,34 @@ def test_close_stops_the_thread_and_closes_the_source():
     items.close()
     assert closed.is_set()
     assert list(items) in ([], [1], [1, 1])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_without_a_word_is_an_error_at_once():
+    def source():
+        yield 1
+        raise SystemExit  # what no `except Exception` catches
+
+    with Prefetcher(source(), 2, "reading shards", limit=60) as items:
+        assert next(items) == 1
+        start = time.monotonic()
+        with pytest.raises(RuntimeError, match="reading shards: the thread died"):
+            next(items)
+        assert time.monotonic() - start < 10
+
+
+def test_what_lay_ready_is_counted():
+    release = threading.Event()
+
+    def source():
+        yield from range(5)
+        release.wait()
+
+    items = Prefetcher(source(), 8, "counting")
+    deadline = time.monotonic() + 5
+    while items._queue.qsize() < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert [next(items) for _ in range(5)] == list(range(5))
+    assert (items.taken, items.queued) == (5, 5 + 4 + 3 + 2 + 1)
+    release.set()
+    items.close()
