@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from bench.timing import digits
+
 ROOT = Path(__file__).resolve().parents[1]
 MARKERS = re.compile(r"(<!-- measured:begin -->\n).*?(<!-- measured:end -->)", re.DOTALL)
 
@@ -25,13 +27,23 @@ def newest(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table, one row a record."""
-    lines = ["| what | median (quartiles) | n | machine | raw file |", "|---|---|---|---|---|"]
+    """A Markdown table, one row an arm of a raw file, with all its metrics."""
+    arms: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        machine = row["machine"]["gpu"] or f"{row['machine']['cores']} cores of {row['machine']['cpu']}"
-        spread = f"{row['median']:.0f} {row['unit']} ({row['q25']:.0f} to {row['q75']:.0f})"
-        lines.append(f"| {row['bench']}: {row['arm']} | {spread} | {row['n']} | {machine} | `{row['file']}` |")
+        arms.setdefault((row["file"], row["bench"], row["arm"]), []).append(row)
+    lines = ["| what | median (quartiles) | n | machine | raw file |", "|---|---|---|---|---|"]
+    for (file, bench, arm), found in arms.items():
+        of = found[0]["machine"]
+        machine = of["gpu"] or f"{of['cores']} cores of {of['cpu']}"
+        figures = "; ".join(map(figure, found))
+        lines.append(f"| {bench}: {arm} | {figures} | {found[0]['n']} | {machine} | `{file}` |")
     return "\n".join(lines) + "\n"
+
+
+def figure(row: dict[str, Any]) -> str:
+    """A metric: its name, unless that is what a benchmark counts, its median, unit and quartiles."""
+    name = "" if row["metric"] == "images" else f"{row['metric']} "
+    return f"{name}{digits(row['median'])} {row['unit']} ({digits(row['q25'])} to {digits(row['q75'])})"
 
 
 def main() -> None:

@@ -9,16 +9,19 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "spdl-core", "pillow", "numpy")
+
+Figure = TypeVar("Figure")
 
 
-def interleaved(arms: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Run every arm `rounds` times in turn, after one round that is not counted. An arm returns its own figure."""
-    figures: dict[str, list[float]] = {name: [] for name in arms}
+def interleaved(arms: Mapping[str, Callable[[], Figure]], rounds: int) -> dict[str, list[Figure]]:
+    """Run every arm `rounds` times in turn, after one round that is not counted. An arm returns its own figure, or
+    several figures at once."""
+    figures: dict[str, list[Figure]] = {name: [] for name in arms}
     for number in range(rounds + 1):
         for name, arm in arms.items():
             figure = arm()
@@ -40,14 +43,17 @@ def record(bench: str, arm: str, metric: str, unit: str, figures: list[float]) -
 def report(records: list[dict[str, Any]], file: Path | None) -> None:
     """Print one line a record, and append them to `file` as JSON lines."""
     for row in records:
-        print(
-            f"{row['arm']:28s} {row['metric']:16s} {row['median']:10.1f} {row['unit']}"
-            f"   ({row['q25']:.1f} to {row['q75']:.1f}, n = {row['n']})"
-        )
+        median, low, high = (digits(row[name]) for name in ("median", "q25", "q75"))
+        print(f"{row['arm']:40s} {row['metric']:16s} {median:>10s} {row['unit']}   ({low} to {high}, n = {row['n']})")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
             out.writelines(json.dumps(row) + "\n" for row in records)
+
+
+def digits(figure: float) -> str:
+    """Three digits at least, none of a fraction that does not count."""
+    return f"{figure:.0f}" if abs(figure) >= 100 else f"{figure:.1f}" if abs(figure) >= 10 else f"{figure:.3g}"
 
 
 def machine() -> dict[str, Any]:

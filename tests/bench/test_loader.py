@@ -1,0 +1,103 @@
+"""The figures of the loader's benchmark: that they are there, and that they are what they are called."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bench.loader import ALONE, NO_COLOURS, ROOT, UNITS, Arm, Setting, arms, measure, memory, parity
+from bench.peers import unpack
+from pipelines.photometric import PhotometricRecipe
+from shards.__main__ import main as make_shards
+from shards.index import ShardIndex
+
+
+@pytest.fixture
+def setting(make_class_folders, tmp_path: Path) -> Iterator[Setting]:
+    """Twelve small pictures, packed and as files; batches of 4 on one core."""
+    source = make_class_folders(classes=2, per_class=6)
+    assert make_shards(["pack", str(source), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    with ShardIndex(tmp_path / "shards") as index:
+        unpack(index, tmp_path / "files")
+        yield Setting(index, tmp_path / "files", batch=4, cores=1)
+
+
+def test_a_round_of_our_loader_has_every_figure(setting: Setting):
+    figures = measure(arms()["torch"], setting, NO_COLOURS, seconds=0.1)
+    assert set(figures) == set(UNITS)
+    assert figures["images"] == figures["images a core"] > 0
+    assert figures["first batch"] > 0
+    assert 50 < figures["memory"] < 50_000
+    assert figures["parity"] < 0.2
+
+
+def test_pictures_are_counted_over_the_seconds(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+    """An arm whose every batch takes a second by the clock, the first ten: 4 images a second, and half that a core."""
+    clock = [0.0]
+    monkeypatch.setattr("bench.loader.time.perf_counter", lambda: clock[0])
+
+    def batches(setting: Setting, colours: PhotometricRecipe) -> Iterator[list[torch.Tensor]]:
+        clock[0] += 9
+        while True:
+            clock[0] += 1
+            yield []
+
+    two = Setting(setting.index, setting.pictures, setting.batch, cores=2)
+    figures = measure(Arm(batches, lambda _: 0.0), two, PhotometricRecipe(), seconds=5)
+    assert figures.pop("memory") > 0
+    assert figures == {"images": 4, "images a core": 2, "first batch": 10}
+
+
+def test_parity_is_in_levels_and_nothing_for_pillow_itself(setting: Setting):
+    peer = arms()["published"]
+    assert peer.parity(setting) == 0
+    assert parity(setting, lambda view, place, sample, window, size: np.zeros((size, size, 3), np.uint8)) > 50
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_memory_counts_children_and_shared_pages_once():
+    before = memory()
+    child = subprocess.Popen(
+        [sys.executable, "-c", "held = b'x' * 200_000_000; print(flush=True); input()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    with child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert 190 < memory() - before < 300
+        child.communicate(b"\n")
+    held = np.ones(200_000_000, np.uint8)
+    before, (reading, writing) = memory(), os.pipe()
+    if (process := os.fork()) == 0:
+        os.read(reading, 1)
+        os._exit(0)
+    try:
+        assert memory() - before < 100
+    finally:
+        os.write(writing, b"\n")
+        os.waitpid(process, 0)
+    assert held[0] == 1
+
+
+@pytest.mark.slow
+def test_the_command_measures_every_arm_in_a_process_of_its_own(setting: Setting, tmp_path: Path):
+    names = ["torch", "torch" + ALONE, "published"]
+    call = [sys.executable, "-m", "bench.loader", str(setting.index.folder), "--cores", "1", "--batch", "4"]
+    call += ["--seconds", "0.2", "--rounds", "1", "--json", str(tmp_path / "out.jsonl"), "--only", *names]
+    done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {(row["arm"], row["metric"], row["unit"]) for row in rows} == {
+        (name, metric, unit)
+        for name in names
+        for metric, unit in UNITS.items()
+        if metric != "parity" or name.endswith(ALONE)
+    }
+    assert all(row["bench"] == "loader" and row["machine"]["cores"] == 1 for row in rows)
+    assert len(done.stdout.splitlines()) == 1 + len(rows)

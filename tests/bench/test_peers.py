@@ -1,0 +1,148 @@
+"""Other people's loaders do what is said of them, so that measuring ours beside them says something."""
+
+import io
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from bench.loader import NO_COLOURS, levels
+from bench.peers import Levels, Peer, available, pillow_crop, unpack
+from pipelines.crops import CropRecipe
+from pipelines.photometric import PhotometricRecipe
+from shards.__main__ import main as make_shards
+from shards.index import ShardIndex
+
+CROPS = CropRecipe(global_size=48, global_scale=(0.4, 1.0), local_size=32, local_scale=(0.1, 0.4), locals=2)
+BATCH = 4
+PEERS = available()
+
+# DataLoader forks by default, and newer Pythons warn of that where other tests have left threads.
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+
+@pytest.fixture(params=PEERS.values(), ids=PEERS.keys())
+def peer(request: pytest.FixtureRequest) -> Peer:
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def fixed_draws() -> None:
+    """They draw by torch's and Python's random numbers."""
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+@pytest.fixture(scope="module")
+def ramps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures whose red rises from left to right with noise on it, whose green is 200 and whose blue is 30."""
+    folder = tmp_path_factory.mktemp("ramps")
+    for number in range(2 * BATCH):
+        noise = np.random.default_rng(number).integers(-9, 10, (80, 100))
+        red = np.linspace(10, 110, 100) + noise
+        place = folder / f"class_{number % 2}"
+        place.mkdir(exist_ok=True)
+        picture = np.stack([red, np.full_like(red, 200), np.full_like(red, 30)], -1).astype(np.uint8)
+        Image.fromarray(picture).save(place / f"{number}.png")
+    return folder
+
+
+def first_batches(peer: Peer, folder: Path, colours: PhotometricRecipe, count: int = 1) -> Iterator[list[Tensor]]:
+    batches = peer.batches(folder, CROPS, colours, BATCH, 1)
+    for _ in range(count):
+        yield [view.cpu().clone() for view in next(batches)]
+    batches.close()
+
+
+def first_levels(peer: Peer, folder: Path, colours: PhotometricRecipe) -> list[Levels]:
+    """One batch, 8-bit levels [B, S, S, 3] a view."""
+    [views] = first_batches(peer, folder, colours)
+    return [np.stack([levels(picture) for picture in view]).astype(int) for view in views]
+
+
+def slope(view: Levels) -> np.ndarray:
+    """How much brighter each picture's red is at its right than at its left, [B]."""
+    half = view.shape[2] // 2
+    return view[:, :, half:, 0].mean((1, 2)) - view[:, :, :half, 0].mean((1, 2))
+
+
+def roughness(view: Levels) -> float:
+    """Mean difference of neighbouring pixels' red, levels."""
+    return float(np.abs(np.diff(view[..., 0], axis=1)).mean())
+
+
+def test_batches_are_normalised_views_that_all_differ(peer: Peer, make_class_folders):
+    folder = make_class_folders(classes=2, per_class=4)
+    one, other = first_batches(peer, folder, PhotometricRecipe(), 2)
+    for views in (one, other):
+        assert [tuple(view.shape) for view in views] == [(BATCH, 3, size, size) for size in CROPS.sizes]
+        for view in views:
+            assert view.dtype == torch.float32
+            assert view.isfinite().all()
+            assert abs(view.mean()) < 1
+            assert 0.4 < view.std() < 2
+    for size in (CROPS.global_size, CROPS.local_size):
+        pictures = torch.cat([view for view in (*one, *other) if view.shape[-1] == size]).flatten(1)
+        assert len(torch.unique(pictures, dim=0)) == len(pictures)
+
+
+def test_crops_alone_leave_the_levels_as_they_are(peer: Peer, ramps: Path):
+    for view in first_levels(peer, ramps, NO_COLOURS):
+        assert np.abs(view[..., 1] - 200).max() <= 1
+        assert np.abs(view[..., 2] - 30).max() <= 1
+        assert (slope(view) > 0).all()
+
+
+def test_flip_in_all_views_and_solarise_in_the_second(peer: Peer, ramps: Path):
+    chances = dict.fromkeys(("jitter", "grey", "blur_global_1", "blur_global_2", "blur_locals"), 0)
+    views = first_levels(peer, ramps, PhotometricRecipe(flip=1, solarize_global_2=1, **chances))
+    for number, view in enumerate(views):
+        assert (slope(view) < 0).all()
+        assert np.abs(view[..., 1] - (55 if number == 1 else 200)).max() <= 1
+        assert np.abs(view[..., 2] - 30).max() <= 1
+
+
+def test_grey_in_all_views_and_blur_where_it_is_asked_for(peer: Peer, ramps: Path):
+    chances = {"flip": 0, "jitter": 0, "grey": 1, "blur_global_1": 1, "blur_global_2": 0, "blur_locals": 0}
+    colours = PhotometricRecipe(solarize_global_2=0, blur_sigma=(1.9, 2.0), **chances)
+    views = first_levels(peer, ramps, colours)
+    for view in views:
+        assert (view.max(-1) - view.min(-1)).max() <= 1
+    assert roughness(views[0]) < 0.5 * roughness(views[1])
+
+
+def test_jitter_draws_for_every_view_and_keeps_to_its_strength(peer: Peer, ramps: Path):
+    chances = dict.fromkeys(("flip", "grey", "blur_global_1", "blur_global_2", "blur_locals", "solarize_global_2"), 0)
+    colours = PhotometricRecipe(jitter=1, brightness=0.2, contrast=0, saturation=0, hue=0, **chances)
+    factors = np.array([view[..., 1].mean((1, 2)) / 200 for view in first_levels(peer, ramps, colours)])
+    assert (np.abs(factors - 1) < 0.21).all()
+    assert len(np.unique(factors)) > factors.size / 2  # of 80 levels, two may well be one
+    assert (factors.std(0) > 0.02).all()  # from view to view of a picture
+    assert (factors.std(1) > 0.02).all()  # from picture to picture
+
+
+@pytest.mark.parametrize("window", [(0, 0, 70, 90), (11, 23, 40, 30), (5, 60, 24, 30)])
+def test_a_given_window_is_nearly_pillows(peer: Peer, ramps: Path, window: tuple[int, int, int, int]):
+    buffer = io.BytesIO()
+    Image.open(next(ramps.rglob("*.png"))).save(buffer, "JPEG", quality=90)
+    for size in (48, 32):
+        exact = pillow_crop(buffer.getvalue(), window, size).astype(int)
+        assert exact.shape == (size, size, 3)
+        assert np.abs(peer.crop(buffer.getvalue(), window, size) - exact).mean() < 0.6
+
+
+def test_unpacked_files_are_the_samples_in_their_classes(make_class_folders, tmp_path: Path):
+    source = make_class_folders(classes=2, per_class=3)
+    assert make_shards(["pack", str(source), str(tmp_path / "shards"), "--workers", "1"]) == 0
+    with ShardIndex(tmp_path / "shards") as index:
+        unpack(index, tmp_path / "files")
+        for number, label in enumerate(index.labels):
+            file = tmp_path / "files" / index.classes[label] / f"{number:08d}.jpeg"
+            assert file.read_bytes() == index.read([number])[0]
+    originals = sorted(path.read_bytes() for path in source.rglob("*.jpg"))
+    assert sorted(path.read_bytes() for path in (tmp_path / "files").rglob("*.*")) == originals
