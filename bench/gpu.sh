@@ -27,6 +27,12 @@ python=python3
 timeout 240 "$python" -m pytest -m gpu -o addopts= --import-mode=importlib -p no:cacheprovider -q -s tests 2>&1 |
     tee "$out/gpu-tests.txt" | tail -n 40
 
+# On a GPU the kernel's own tests run compiled.
+timeout 120 "$python" -m pytest -p no:cacheprovider -q tests/pipelines/test_photometric_triton.py 2>&1 |
+    tee -a "$out/gpu-tests.txt" | tail -n 15
+# Without torch.compile, which spends minutes on the reference's many shapes.
+timeout 90 "$python" -m bench.augment --only copy triton torch --json "$out/augment-gpu.jsonl" 2>&1 | tail -n 15
+
 shards=${1:-$scratch/shards}
 if [ $# -eq 0 ]; then
     "$python" -c 'import sys; from pathlib import Path; from dino_fast.demo.draw import draw_dataset

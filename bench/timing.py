@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-PACKAGES = ("torch", "torchvision", "nvidia-dali-cuda130", "spdl-core", "pillow", "numpy")
+PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "spdl-core", "pillow", "numpy")
 
 Figure = TypeVar("Figure")
 

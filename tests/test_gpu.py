@@ -111,3 +111,73 @@ def test_a_run_on_the_gpu_resumes(shards: Path, tmp_path: Path):
     assert len(parts) == 12
     assert parts == pytest.approx(whole, rel=0.02)
     assert checkpoint.load_newest(tmp_path / "parts")[0]["step"] == 12
+
+
+def colour_case(side: int, views: int, batch: int = 64) -> tuple:
+    """Pictures uint8 [batch, views, side, side, 3] and their published colours, on the CPU."""
+    from pipelines.photometric import draw_colours
+
+    rng = np.random.default_rng(side)
+    y, x = np.mgrid[0:side, 0:side][..., None] / 20
+    waves = 128 + 100 * np.sin(rng.uniform(0.2, 3, (batch, views, 1, 1, 3)) * x + rng.uniform(0.2, 3, 3) * y)
+    pictures = (waves + rng.normal(0, 8, waves.shape)).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(pictures), draw_colours(PhotometricRecipe(), 0, 0, np.arange(batch), views)
+
+
+def by_triton(pictures: torch.Tensor, colours, dtype: torch.dtype) -> torch.Tensor:
+    """The kernel's output on the GPU, which begins as NaN: what is not written shows."""
+    from pipelines import photometric_triton
+
+    batch, views, side = pictures.shape[:3]
+    out = torch.full((batch * views, 3, side, side), torch.nan, dtype=dtype, device="cuda")
+    out = out.contiguous(memory_format=torch.channels_last)
+    photometric_triton.augment(pictures.cuda(), colours, out)
+    return out
+
+
+@pytest.mark.parametrize(("side", "views"), [(224, 2), (96, 6)])
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 0), (torch.float16, 0.1), (torch.bfloat16, 0.7)])
+def test_the_triton_kernel_is_the_reference(side: int, views: int, dtype: torch.dtype, rounding: float):
+    from pipelines import photometric
+
+    pictures, colours = colour_case(side, views)
+    theirs = torch.empty(64 * views, 3, side, side)
+    photometric.augment(pictures, colours, theirs)
+    ours = by_triton(pictures, colours, dtype)
+    assert torch.equal(ours, by_triton(pictures, colours, dtype))
+    apart = (ours.cpu().float() - theirs).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
+    print(f"triton against torch, {side}, {dtype}: {float((apart > 0.5 + rounding).float().mean()):.2e} differ")
+    # A level can become a few, or by the threshold of solarising the whole range, in single pixels.
+    assert (apart < 1.5 + rounding).float().mean() >= 0.999
+
+
+def test_the_triton_kernel_takes_more_than_2_to_the_31_bytes():
+    from pipelines.photometric import draw_colours
+
+    batch, side = 350, 1024
+    colours = draw_colours(PhotometricRecipe(blur_global_2=1), 0, 0, np.arange(batch), 2)
+    pictures = torch.randint(0, 256, (batch, 2, side, side, 3), dtype=torch.uint8, device="cuda")
+    assert pictures.numel() > 2**31
+    whole = by_triton(pictures, colours, torch.bfloat16).view(2, batch, 3, side, side)
+    for place in (0, batch - 1):
+        assert torch.equal(by_triton(pictures[[place]], colours[:, [place]], torch.bfloat16), whole[:, place])
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+def test_the_triton_kernel_does_not_wait_for_the_gpu():
+    from pipelines import photometric_triton
+
+    pictures, colours = colour_case(96, 6)
+    out = by_triton(pictures, colours, torch.bfloat16)
+    pictures = pictures.cuda()
+    done = torch.cuda.Event()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(10**9)  # cycles: half a second
+        photometric_triton.augment(pictures, colours, out)
+        done.record()
+        assert not done.query()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
