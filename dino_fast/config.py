@@ -84,6 +84,7 @@ class Recipe:
 FREE_TO_CHANGE = (
     "output", "max_steps", "device", "log_every", "accept_changes", "checkpoint",
     "data.train", "data.threads", "data.prefetch", "data.max_bad_samples", "data.timeout", "data.hw_decoder_load",
+    "data.cache", "data.cache_bytes",
 )  # fmt: skip
 
 
@@ -196,7 +197,7 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
                 f"{recipe.loss.student_temp}: the teacher must be the sharper one; the published value is 0.04"
             )
     if recipe.data.decode == "torch" and recipe.data.decode_device == "gpu":
-        yield "data.decode_device = gpu goes with data.decode = dali only: torch decodes on the CPU"
+        yield "data.decode_device = gpu goes with data.decode = dali only (or auto): torch decodes on the CPU"
     for name in ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs"):
         if look_up(recipe, name) > recipe.epochs:
             yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"

@@ -21,9 +21,8 @@ from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
 from dino_fast.schedules import Schedules, scaled_lr
 from dino_fast.step import TrainStep, build_student_teacher
-from pipelines.loader import Loader
+from pipelines.loader import Loader, open_index
 from shards.errors import UserError
-from shards.index import ShardIndex
 from shards.lock import locked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,7 +36,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
         torch.set_float32_matmul_precision("high")  # the head's last layer: TF32 has float16's mantissa
 
     # ---- Data
-    index = ShardIndex(recipe.data.train)
+    index = open_index(recipe.data)
     loader = Loader(
         index, recipe.data, recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
         device=ranks.device, dtype=DTYPES[recipe.precision], rank=ranks.rank, world=ranks.world,

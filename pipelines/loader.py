@@ -4,6 +4,7 @@ Two threads work ahead: one reads bytes and computes windows, the other decodes,
 on (index, recipes, seed, step, rank) alone, whichever decoder makes it and wherever a run starts.
 """
 
+import contextlib
 import os
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -18,12 +19,14 @@ from torch import Tensor
 
 from pipelines.crops import CropRecipe, windows
 from pipelines.decode_torch import TorchDecoder
-from pipelines.order import Order
+from pipelines.fetch import Fetcher, fetcher
+from pipelines.order import AnyOrder, Order, ShardOrder
 from pipelines.photometric import Colours, PhotometricRecipe, draw_colours
 from pipelines.photometric import augment as reference_augment
 from pipelines.prefetch import Prefetcher
 from pipelines.request import Decoder, Request, Undecodable
 from pipelines.stall import StallClock
+from shards.cache import CACHE_BYTES
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
 
@@ -39,10 +42,19 @@ class DataRecipe:
 
     train: str = "data/train"
     """folder that make-shards wrote"""
-    decode: Literal["dali", "torch"] = "dali"
-    """library that decodes and crops"""
+    order: Literal["global", "shards"] = "global"
+    """global: each epoch permutes all samples; shards: the shards, and the samples of `window` shards at a time, each
+    shard being read once from end to end: for slow disks and object stores"""
+    window: Annotated[int, Ge(1)] = 8
+    """shards that are mixed with one another, where order is shards"""
+    cache: str = ""
+    """folder on this machine for whole copies of the shards, fetched ahead of use: for object stores; empty for none"""
+    cache_bytes: Annotated[int, Ge(1)] = CACHE_BYTES
+    """bytes of shards in the cache at most"""
+    decode: Literal["auto", "dali", "torch"] = "auto"
+    """library that decodes and crops; auto: DALI on a GPU, torch on CPU cores, where it is twice as fast"""
     decode_device: Literal["auto", "gpu", "cpu"] = "auto"
-    """where DALI decodes and crops; auto: the GPU where there is one"""
+    """where pictures are decoded and cropped; auto: the GPU where there is one. They are augmented there in any case"""
     threads: Annotated[int, Ge(0), Le(512)] = 0
     """CPU threads that decode, for each rank; 0: the machine's cores over its ranks"""
     prefetch: Annotated[int, Ge(1), Le(64)] = 2
@@ -54,6 +66,11 @@ class DataRecipe:
     hw_decoder_load: Annotated[float, Ge(-1), Le(1)] = -1.0
     """share of the pictures that the GPU's JPEG engines decode, the rest being left to its cores and the CPU threads;
     -1: by the number of threads"""
+
+
+def open_index(data: DataRecipe) -> ShardIndex:
+    """The samples of the recipe's folder. Raises UserError where that is not a finished one."""
+    return ShardIndex(data.train, data.cache or None, data.cache_bytes)
 
 
 @dataclass
@@ -108,9 +125,18 @@ class Loader:
             raise UserError("--data.decode_device gpu: this run is not on a GPU; pass auto or cpu")
         self._seed, self._device, self._dtype = seed, device, dtype
         self._rank, self._world, self._share = rank, world, batch // world
-        self.order = Order(len(index), batch, seed)
+        self.order: AnyOrder = (
+            Order(len(index), batch, seed)
+            if data.order == "global"
+            else ShardOrder(index.shard_sizes(), batch, seed, data.window)
+        )
         self.bad: dict[int, str] = {}
         self._augment, self.notes = augment_kernel(device)
+        if index.remote and data.order == "global":
+            self.notes.append(
+                f"{index.folder}: single samples are asked of a store one by one; --data.order shards --data.cache "
+                "FOLDER reads whole shards ahead"
+            )
         self._stall = StallClock(device)
         self._read_bytes = 0
         self._prefetchers: list[Prefetcher[Any]] = []
@@ -119,10 +145,11 @@ class Loader:
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The batches of steps start … stop − 1. Each stays valid for as long as it is held. Close it to stop early."""
         depth, limit = self._data.prefetch, self._data.timeout
-        steps = (self._read(step) for step in range(start, stop))
+        if isinstance(self.order, ShardOrder):  # each shard of the first windows may take as long
+            limit *= 2 * self.order.window + 1
         # The limits differ so that the error names the stage that is stuck.
         with (
-            Prefetcher(steps, depth, "reading shards", limit) as requests,
+            Prefetcher(self._requests(start, stop), depth, "reading shards", limit) as requests,
             Prefetcher(self._make(requests), depth, "making batches", limit + _MAKING) as made,
         ):
             self._prefetchers = [requests, made]
@@ -147,6 +174,20 @@ class Loader:
         return Figures(now[0] - stall, now[1] - read, *(ready or (0.0, 0.0)))
 
     # Reading: bytes and windows
+
+    def _requests(self, start: int, stop: int) -> Iterator[Request]:
+        with self._fetcher() as fetched:
+            for step in range(start, stop):
+                if fetched is not None:
+                    fetched.need(step)
+                yield self._read(step)
+
+    def _fetcher(self) -> contextlib.AbstractContextManager[Fetcher | None]:
+        """What brings whole shards near ahead of use, where the order goes by shards."""
+        if not isinstance(self.order, ShardOrder):
+            return contextlib.nullcontext()
+        rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return fetcher(self._index, self.order, rank=rank, world=world, limit=self._data.timeout)
 
     def _read(self, step: int) -> Request:
         ids = self.order.ids(step, self._rank, self._world)
@@ -199,7 +240,8 @@ class Loader:
                 yield self._augmented(request, crops, pool)
 
     def _decoder(self, pool: Executor, threads: int) -> Decoder:
-        if self._data.decode == "torch":
+        on_gpu = self._device.type == "cuda" and self._data.decode_device != "cpu"
+        if self._data.decode == "torch" or (self._data.decode == "auto" and not on_gpu):
             return TorchDecoder(self._crops, pool)
         try:
             from pipelines.decode_dali import DaliDecoder, Hardware, hw_share, largest_usual
@@ -207,7 +249,6 @@ class Loader:
             raise UserError(
                 f"DALI does not import ({error}): pip install 'dino-fast[dali]', or pass --data.decode torch"
             ) from error
-        on_gpu = self._device.type == "cuda" and self._data.decode_device != "cpu"
         load = self._data.hw_decoder_load
         return DaliDecoder(
             self._crops,

@@ -8,13 +8,16 @@ import zlib
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
+from shards.cache import CACHE_BYTES, ShardCache
 from shards.errors import UserError
 from shards.layout import BLOCK, INDEX_FILE, RECORD, Manifest, load_manifest, size_problem
-from shards.output import Folder, LocalFolder
+from shards.output import Folder, LocalFolder, out_folder
 from shards.ranges import OpenFile
+from shards.storage import read_range
 
 _OPEN_FILES = 512  # at once: half of the usual limit of a process
 
@@ -37,18 +40,27 @@ class BadSample(Exception):
 class ShardIndex:
     """The samples of a finished shard folder by number, from 0. Safe in threads; a pickle opens the folder anew.
 
+    `folder` is a path, or the URL of a folder in an object store. With `cache`, a folder of this machine, samples are
+    read from whole copies of their shards there, up to `cache_bytes` of them; without, where they lie: one request a
+    sample, where that is a store.
+
     Raises UserError for a missing or unfinished folder, a newer format, and an index or shards that are not the
     manifest's.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
-        here = LocalFolder(os.fspath(self.folder))
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        cache: str | os.PathLike[str] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        here = out_folder(os.fspath(folder))
+        self.folder: Path | str = Path(here.path) if isinstance(here, LocalFolder) else str(here)
         self.manifest = load_manifest(here)
         self.records: np.ndarray = open_records(here, self.manifest)  # [samples] of RECORD
-        problem = next(filter(None, (size_problem(here, shard) for shard in self.manifest.shards)), None)
-        if problem:
+        if problem := _shard_problem(here, self.manifest):
             raise UserError(f"{problem}; 'make-shards check {folder}' says more; pack again")
+        self.cache = None if cache is None else ShardCache(here, self.manifest.shards, cache, cache_bytes)
         self.heights: np.ndarray = self.records["height"]  # [samples], pixels as stored
         self.widths: np.ndarray = self.records["width"]  # [samples], pixels
         self.labels: np.ndarray = self.records["label"]  # [samples], places in classes; -1: unlabelled
@@ -59,8 +71,9 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.records)
 
-    def __reduce__(self) -> tuple[type["ShardIndex"], tuple[Path]]:
-        return type(self), (self.folder,)
+    def __reduce__(self) -> tuple[type["ShardIndex"], tuple[Any, ...]]:
+        cache = () if self.cache is None else (self.cache.directory, self.cache.limit)
+        return type(self), (self.folder, *cache)
 
     def __enter__(self) -> "ShardIndex":
         return self
@@ -71,8 +84,31 @@ class ShardIndex:
         self.close()
 
     def close(self) -> None:
-        """Close the shard files. A later read opens them again."""
+        """Close the shard files, and let go of those in the cache. A later read opens them again."""
         self._opened.cache_clear()
+        if self.cache is not None:
+            self.cache.close()
+
+    @property
+    def remote(self) -> bool:
+        """Whether the folder is one of an object store."""
+        return isinstance(self.folder, str)
+
+    def shard_sizes(self) -> np.ndarray:
+        """[shards] int64: how many samples each shard has. Samples are numbered shard by shard.
+
+        Raises UserError for an index that numbers them otherwise.
+        """
+        sizes = np.array([shard.samples for shard in self.manifest.shards], np.int64)
+        start = 0
+        for number, size in enumerate(sizes.tolist()):
+            if (self.records["shard"][start : start + size] != number).any():
+                raise UserError(
+                    f"{self.folder}/{INDEX_FILE} does not number the samples shard by shard: pack or index again, or "
+                    "pass --data.order global"
+                )
+            start += size
+        return sizes
 
     def read(self, ids: Iterable[int]) -> list[bytes]:
         """The compressed pictures of `ids`, in that order.
@@ -122,7 +158,7 @@ class ShardIndex:
         try:
             data = self._bytes(record, int(record["offset"]), size)
         except OSError as error:
-            path = self.folder / self._shard(record)
+            path = f"{self.folder}/{self._shard(record)}"
             raise UserError(f"{path}: {error.strerror}; see to the storage, then run the same command again") from error
         if len(data) != size:
             raise self._bad(id, self._key_or_mark(id), f"the file ends after {len(data)} of {size} bytes")
@@ -131,7 +167,10 @@ class ShardIndex:
         return data
 
     def _bytes(self, record: np.void, offset: int, size: int) -> bytes:
-        return self._opened(f"{self.folder}/{self._shard(record)}").read(offset, size)
+        if self.cache is not None:
+            return self.cache.read(int(record["shard"]), offset, size)
+        path = f"{self.folder}/{self._shard(record)}"
+        return read_range(path, offset, size) if self.remote else self._opened(path).read(offset, size)
 
     def _bad(self, id: int, key: str, reason: str) -> BadSample:
         record = self._record(id)
@@ -142,6 +181,18 @@ class ShardIndex:
             return self.key(id)
         except BadSample:
             return "?"
+
+
+def _shard_problem(folder: Folder, manifest: Manifest) -> str | None:
+    """What is wrong with the first shard that is not the manifest's by its length; None where all are.
+
+    Of a store only the names are looked at: a request for each shard takes long, and copies are verified.
+    """
+    if isinstance(folder, LocalFolder):
+        return next(filter(None, (size_problem(folder, shard) for shard in manifest.shards)), None)
+    there = set(folder.names())
+    missing = (shard.file for shard in manifest.shards if shard.file not in there)
+    return next((f"{folder}/{file}: no such file" for file in missing), None)
 
 
 def open_records(folder: Folder, manifest: Manifest) -> np.ndarray:

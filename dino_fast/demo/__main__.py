@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 import torch
 from rich.console import Console
@@ -172,16 +171,7 @@ def recipe_of(home: Path, options: argparse.Namespace) -> Recipe:
     if not RECIPE.is_file():
         raise UserError(f"{RECIPE}: no such file; run the demo from a checkout (git clone …, make demo)")
     flags = ["--output", str(home / "run"), "--data.train", str(home / "shards" / "train"), "--seed", str(options.seed)]
-    return read_recipe(["--config", str(RECIPE), *flags, "--data.decode", decoder()])
-
-
-def decoder() -> Literal["dali", "torch"]:
-    try:
-        import pipelines.decode_dali  # noqa: F401 - only whether it imports
-    except ImportError as error:
-        say(f"DALI does not import here ({error}): decoding with torch instead")
-        return "torch"
-    return "dali"
+    return read_recipe(["--config", str(RECIPE), *flags])
 
 
 def fitted(recipe: Recipe, pictures: int, steps: int | None) -> Recipe:

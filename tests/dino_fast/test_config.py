@@ -61,7 +61,7 @@ def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path
         ("--crops.local_scale=0.5", "expected two numbers in brackets"),
         ("--augment.blur_sigma=[0,2]", "augment.blur_sigma"),
         ("--loss.teacher_temp=0.2", "the teacher must be the sharper one"),
-        ("--data={decode: torch, decode_device: gpu}", "goes with data.decode = dali only"),
+        ("--data={decode: torch, decode_device: gpu}", "goes with data.decode = dali only (or auto)"),
         ("--optim.warmup_epochs=200", "optim.warmup_epochs = 200 is more than epochs = 100"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
     ],

@@ -161,11 +161,3 @@ def read(home: Path) -> Recipe:
 
     assert RECIPE == ROOT / "configs" / "cpu_demo.yaml"
     return recipe_of(home, argparse.Namespace(seed=0))
-
-
-def test_without_dali_it_decodes_with_torch(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "pipelines.decode_dali", None)  # makes its import fail
-    assert read(tmp_path).data.decode == "torch"
-    assert "decoding with torch instead" in capsys.readouterr().out

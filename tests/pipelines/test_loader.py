@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipelines.crops import CropRecipe
-from pipelines.loader import Batch, DataRecipe, Loader
+from pipelines.loader import Batch, DataRecipe, Loader, open_index
 from pipelines.photometric import PhotometricRecipe
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -57,18 +57,21 @@ def test_batches_have_their_shape_layout_and_dtype(index: ShardIndex, decode: st
             assert 0.3 < views.float().std() < 3
 
 
-@pytest.mark.parametrize("decode", ["dali", "torch"])
-def test_a_run_resumed_at_any_step_sees_the_same_batches(index: ShardIndex, decode: str):
-    whole = load(index, 0, 12, decode=decode)  # over two epochs' ends
+@pytest.mark.parametrize(
+    "data", [{"decode": "dali"}, {"decode": "torch"}, {"decode": "torch", "order": "shards", "window": 2}]
+)
+def test_a_run_resumed_at_any_step_sees_the_same_batches(index: ShardIndex, data: dict):
+    whole = load(index, 0, 12, **data)  # over two epochs' ends
     for start in (1, 5, 9):
-        part = load(index, start, 12, decode=decode, prefetch=start)
+        part = load(index, start, 12, prefetch=start, **data)
         assert all(same(one, other) for one, other in zip(whole[start:], part, strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_the_union_of_the_ranks_is_the_global_batch(index: ShardIndex, world: int):
-    whole = load(index, 4, 7)
-    shares = [load(index, 4, 7, rank=rank, world=world) for rank in range(world)]
+@pytest.mark.parametrize("order", ["global", "shards"])
+def test_the_union_of_the_ranks_is_the_global_batch(index: ShardIndex, world: int, order: str):
+    whole = load(index, 4, 7, order=order, window=2)
+    shares = [load(index, 4, 7, rank=rank, world=world, order=order, window=2) for rank in range(world)]
     for number, batch in enumerate(whole):
         parts = [share[number] for share in shares]
         assert np.array_equal(np.concatenate([part.ids for part in parts]), batch.ids)
@@ -246,3 +249,29 @@ def test_a_stuck_read_is_an_error_within_the_time_limit(index: ShardIndex, monke
         next(batches)
     assert time.monotonic() - start < 20
     release.set()
+
+
+def test_shards_from_a_store_are_copied_and_give_the_same_batches(
+    index: ShardIndex, shard_folder: Path, tmp_path: Path
+):
+    pytest.importorskip("fsspec")
+    local = load(index, 0, 12, order="shards", window=2, decode="torch")
+    cache = tmp_path / "copies"
+    data = DataRecipe(
+        train=f"file://{shard_folder}", order="shards", window=2, cache=str(cache), threads=2, decode="torch"
+    )
+    with open_index(data) as far:
+        loader = Loader(
+            far, data, CROPS, PhotometricRecipe(), batch=8, seed=0, device=torch.device("cpu"), dtype=torch.float32
+        )
+        assert all(same(one, other) for one, other in zip(local, loader.batches(0, 12), strict=True))
+        assert not loader.notes
+    assert list(cache.iterdir())
+
+
+def test_single_samples_from_a_store_are_slow_and_that_is_said(shard_folder: Path):
+    pytest.importorskip("fsspec")
+    with open_index(DataRecipe(train=f"file://{shard_folder}")) as far:
+        loader = build(far, decode="torch")
+        assert len(list(loader.batches(0, 2))) == 2
+        assert any("--data.order shards" in note for note in loader.notes)

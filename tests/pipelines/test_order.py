@@ -1,9 +1,12 @@
+import itertools
+import tracemalloc
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from pipelines.order import Order, permute
+from pipelines.order import Order, ShardOrder, permute
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**48), epoch=st.integers(0, 10**6))
@@ -19,9 +22,10 @@ def test_permute_is_elementwise(size, data):
     assert [int(permute([position], size, 7, 3)[0]) for position in positions] == together.tolist()
 
 
-def test_permute_differs_by_epoch_and_seed_and_looks_random():
+def test_permute_differs_by_epoch_seed_and_part_and_looks_random():
     size = 10007
-    orders = [permute(np.arange(size), size, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    kinds = ((0, 0, 0), (0, 1, 0), (1, 0, 0), (0, 0, 1))
+    orders = [permute(np.arange(size), size, seed, epoch, part) for seed, epoch, part in kinds]
     for number, order in enumerate(orders):
         for other in orders[:number]:
             assert (order == other).sum() < 12  # two random permutations agree in one place on average
@@ -79,3 +83,172 @@ def test_every_sample_gets_its_turn_as_a_substitute_even_where_a_batch_is_the_wh
 def test_a_batch_larger_than_the_data_is_refused():
     with pytest.raises(ValueError, match="lower --batch_size"):
         Order(7, 8, 0)
+
+
+def test_the_order_of_former_versions_is_kept():
+    """A run that was begun with one goes on with it."""
+    order = Order(1281167, 1024, 3)
+    assert order.ids(12345)[:4].tolist() == [801323, 106412, 728936, 1234641]
+    assert order.substitute(12345, 7, 2) == 899264
+
+
+def peak_of(work) -> int:
+    """Bytes that were allocated at once."""
+    tracemalloc.start()
+    try:
+        work()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_thousand_million_samples_take_the_memory_of_a_thousand():
+    small, large = Order(1000, 64, 0), Order(10**9, 64, 0)
+    assert peak_of(lambda: large.ids(10**10)) < 2 * peak_of(lambda: small.ids(10**10)) < 10**5
+
+
+# Shards, windows
+
+
+@st.composite
+def shard_orders(draw, least: int = 1) -> ShardOrder:
+    """Some shards of 0 to 30 samples, windows of 1 to 8 of them, more than there may be."""
+    sizes = draw(st.lists(st.integers(0, 30), min_size=1, max_size=12))
+    assume(sum(sizes) >= least)
+    batch = draw(st.integers(least, min(sum(sizes), 24)))
+    return ShardOrder(sizes, batch, draw(st.integers(0, 2**48)), draw(st.integers(1, 8)))
+
+
+def shard_of(order: ShardOrder, ids) -> np.ndarray:
+    return np.searchsorted(np.cumsum(order.sizes), ids, "right")
+
+
+def epoch_of(order: ShardOrder, epoch: int) -> np.ndarray:
+    first = epoch * order.steps_per_epoch
+    return np.concatenate([order.ids(step) for step in range(first, first + order.steps_per_epoch)])
+
+
+@given(order=shard_orders(), epoch=st.integers(0, 1000))
+def test_an_epoch_of_shards_visits_each_sample_at_most_once_and_drops_less_than_a_batch(order, epoch):
+    seen = epoch_of(order, epoch)
+    assert len(np.unique(seen)) == len(seen)
+    assert 0 <= seen.min() <= seen.max() < order.samples
+    assert 0 <= order.samples - len(seen) < order.batch
+
+
+@settings(max_examples=50)
+@given(order=shard_orders(), steps=st.lists(st.integers(0, 500), min_size=1, max_size=8))
+def test_an_order_of_shards_is_the_same_wherever_it_is_entered(order, steps):
+    for step in steps:
+        fresh = ShardOrder(order.sizes, order.batch, order.seed, order.window)
+        assert np.array_equal(order.ids(step), fresh.ids(step))
+        assert order.shards(step).tolist() == fresh.shards(step).tolist()
+
+
+@given(order=shard_orders(least=8), step=st.integers(0, 300), world=st.sampled_from([2, 4, 8]))
+def test_ranks_share_the_batch_of_an_order_of_shards(order, step, world):
+    order = ShardOrder(order.sizes, order.batch // 8 * 8, order.seed, order.window)
+    shares = [order.ids(step, rank, world) for rank in range(world)]
+    assert {len(share) for share in shares} == {order.batch // world}
+    assert np.array_equal(np.concatenate(shares), order.ids(step))
+
+
+@settings(max_examples=50)
+@given(order=shard_orders(), step=st.integers(0, 300))
+def test_samples_and_substitutes_come_from_the_shards_of_the_step(order, step):
+    shards = order.shards(step).tolist()
+    assert len(set(shards)) == len(shards) <= len(order.windows(step)) * order.window
+    ids = order.ids(step)
+    assert set(shard_of(order, ids).tolist()) <= set(shards)
+    windows = {window: set(order.shards_of(window).tolist()) for window in order.windows(step)}
+    for attempt in (1, 2, 5):
+        substitutes = [order.substitute(step, place, attempt) for place in range(order.batch)]
+        assert len(set(substitutes)) == order.batch
+        for home, guest in zip(shard_of(order, ids), shard_of(order, substitutes), strict=True):
+            assert any({home, guest} <= window for window in windows.values())
+
+
+@settings(max_examples=30)
+@given(order=shard_orders(), step=st.integers(0, 300), data=st.data())
+def test_every_sample_of_a_window_gets_its_turn_as_a_substitute(order, step, data):
+    place = data.draw(st.integers(0, order.batch - 1))
+    home = shard_of(order, order.ids(step)[place])
+    sizes = [order.sizes[order.shards_of(window)] for window in order.windows(step) if home in order.shards_of(window)]
+    (size,) = (int(window.sum()) for window in sizes)
+    met = {order.substitute(step, place, attempt) for attempt in range(1, 2 * size + order.batch)}
+    assert len(met) == size
+
+
+def test_the_first_substitutes_are_none_of_the_step():
+    order = ShardOrder([100] * 6, 10, 0, 2)
+    for attempt in range(1, 20):
+        assert order.substitute(3, 4, attempt) not in order.ids(3)
+
+
+@settings(max_examples=50)
+@given(order=shard_orders(), epoch=st.integers(0, 50))
+def test_windows_follow_one_another_through_the_epochs(order, epoch):
+    first = epoch * order.steps_per_epoch
+    steps = range(first, first + order.steps_per_epoch)
+    windows = [order.windows(step) for step in steps]
+    of_epoch = range(epoch * order.windows_per_epoch, (epoch + 1) * order.windows_per_epoch)
+    assert {window for step in windows for window in step} <= set(of_epoch)
+    assert all(one[-1] <= next_[0] for one, next_ in itertools.pairwise(windows))
+    # Each shard with samples is in one window, unless all of that falls to the remainder.
+    shards = [shard for window in of_epoch for shard in order.shards_of(window).tolist()]
+    assert len(set(shards)) == len(shards)
+    assert set(shard_of(order, epoch_of(order, epoch)).tolist()) <= set(shards)
+    # And no other shard is named by a step.
+    assert {shard for step in steps for shard in order.shards(step).tolist()} <= set(shards)
+
+
+def test_a_step_comes_from_two_windows_at_most_where_they_are_larger_than_a_batch():
+    order = ShardOrder(np.random.default_rng(0).integers(90, 110, 64), 256, 3, 4)
+    counts = [len(order.windows(step)) for step in range(2 * order.steps_per_epoch)]
+    assert set(counts) == {1, 2}
+    assert counts.count(1) > counts.count(2) / 2
+
+
+def test_shards_and_their_samples_are_mixed_anew_each_epoch():
+    order = ShardOrder([50] * 40, 100, 7, 4)
+    epochs = [epoch_of(order, epoch) for epoch in range(3)]
+    for number, one in enumerate(epochs):
+        assert abs(np.corrcoef(np.arange(len(one)), one)[0, 1]) < 0.5  # of 40 shards
+        for other in epochs[:number]:
+            assert (one == other).sum() < 12
+    shards = [shard_of(order, one) for one in epochs]
+    windows = [{frozenset(shard[at : at + 200].tolist()) for at in range(0, 2000, 200)} for shard in shards]
+    assert all(len(window) == 4 for epoch in windows for window in epoch)
+    assert len(windows[0] & windows[1]) < 3  # other shards stand together
+    # Within a window the four shards are mixed, not one after another.
+    runs = np.flatnonzero(np.diff(shards[0]))
+    assert len(runs) > 0.6 * len(shards[0])
+
+
+def test_windows_of_one_epoch_and_size_have_permutations_of_their_own():
+    order = ShardOrder([100] * 8, 100, 0, 1)
+    within = [order.ids(step) % 100 for step in range(8)]
+    for number, one in enumerate(within):
+        assert all((one == other).sum() < 10 for other in within[:number])
+
+
+def test_a_window_of_all_shards_is_mixed_whole():
+    order = ShardOrder([10, 0, 30], 8, 0, 99)
+    assert order.window == 3
+    assert order.windows(0) == range(1)
+    assert sorted(order.shards(0).tolist()) == [0, 2]
+    assert set(order.shards(order.steps_per_epoch)) == {0, 2}
+
+
+def test_memory_grows_with_the_shards_alone():
+    few, many = ShardOrder([10**6] * 500, 64, 0, 16), ShardOrder([10] * 50_000, 64, 0, 16)
+    assert peak_of(lambda: few.ids(0)) < 10**5 + 500 * 300
+    assert peak_of(lambda: many.ids(0)) < 50_000 * 300
+    held = peak_of(lambda: [many.ids(epoch * many.steps_per_epoch) for epoch in range(2, 6)])
+    assert held < 50_000 * 400
+
+
+@pytest.mark.parametrize(("sizes", "window", "complaint"), [([3, 4], 1, "lower --batch_size"), ([9], 0, "data.window")])
+def test_an_order_of_shards_that_cannot_be(sizes, window, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        ShardOrder(sizes, 8, 0, window)
