@@ -10,6 +10,7 @@ USAGE = """usage: dino-fast COMMAND ...
 commands:
   train   train a backbone with DINO on shards            (dino-fast train --help)
   knn     k-NN score of a checkpoint on labelled shards   (dino-fast knn --help)
+  doctor  find what limits a run on this machine          (dino-fast doctor --help)
 
 Shards are made with `make-shards pack SRC OUT`. Many GPUs: torchrun --nproc_per_node N -m dino_fast.train ...
 """
@@ -24,10 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return train(rest)
     if command == "knn":
         return _knn(rest)
+    if command == "doctor":
+        from dino_fast.doctor import main as doctor
+
+        return doctor(rest)
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    print(f"dino-fast: unknown command {command!r}: choose train or knn", file=sys.stderr)
+    print(f"dino-fast: unknown command {command!r}: choose train or knn, or doctor", file=sys.stderr)
     return 2
 
 
