@@ -30,7 +30,7 @@ def decode(sample: bytes) -> Tensor:
             if picture.mode.startswith("I;16"):
                 levels = np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
             else:
-                levels = np.array(picture.convert("RGB"))
+                levels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
