@@ -84,7 +84,7 @@ class Recipe:
 FREE_TO_CHANGE = (
     "output", "max_steps", "device", "log_every", "accept_changes", "checkpoint",
     "data.train", "data.threads", "data.prefetch", "data.max_bad_samples", "data.timeout", "data.hw_decoder_load",
-    "data.cache", "data.cache_bytes",
+    "data.size_hint", "data.cache", "data.cache_bytes",
 )  # fmt: skip
 
 

@@ -66,6 +66,8 @@ class DataRecipe:
     hw_decoder_load: Annotated[float, Ge(-1), Le(1)] = -1.0
     """share of the pictures that the GPU's JPEG engines decode, the rest being left to its cores and the CPU threads;
     -1: by the number of threads"""
+    size_hint: Annotated[int, Ge(0)] = 0
+    """pixels a side for which the GPU's decoder sets memory aside at the start; 0: what 99 of 100 pictures need"""
 
 
 def open_index(data: DataRecipe) -> ShardIndex:
@@ -249,15 +251,13 @@ class Loader:
             raise UserError(
                 f"DALI does not import ({error}): pip install 'dino-fast[dali]', or pass --data.decode torch"
             ) from error
-        load = self._data.hw_decoder_load
-        return DaliDecoder(
-            self._crops,
-            self._share,
-            self._device if on_gpu else torch.device("cpu"),
-            threads,
-            self._data.prefetch,
-            hardware=Hardware(hw_share(threads) if load < 0 else load, *largest_usual(self._index)),
+        if not on_gpu:
+            return DaliDecoder(self._crops, self._share, torch.device("cpu"), threads, self._data.prefetch)
+        load, hint = self._data.hw_decoder_load, self._data.size_hint
+        hardware = Hardware(
+            hw_share(threads) if load < 0 else load, *((hint, hint) if hint else largest_usual(self._index))
         )
+        return DaliDecoder(self._crops, self._share, self._device, threads, self._data.prefetch, hardware)
 
     def _mended(self, decoder: Decoder, request: Request, error: Undecodable) -> list[Tensor]:
         """The crops of a request with an undecodable picture: each picture alone, and a substitute for the bad ones."""

@@ -85,6 +85,26 @@ def test_a_held_batch_is_not_overwritten(shards: Path):
         assert torch.equal(batch.locals, locals_)
 
 
+@pytest.mark.parametrize(("decode", "decode_device"), [("dali", "gpu"), ("dali", "cpu"), ("torch", "cpu")])
+def test_batches_come_without_the_host_waiting_for_the_gpu(shards: Path, decode: str, decode_device: str):
+    with ShardIndex(shards) as index:
+        loader = Loader(
+            index, DataRecipe(decode=decode, decode_device=decode_device), CROPS, PhotometricRecipe(), batch=16, seed=0,
+            device=torch.device("cuda"), dtype=torch.bfloat16,
+        )  # fmt: skip
+        batches = loader.batches(0, 12)
+        for _ in range(4):
+            next(batches)  # kernels are compiled, memory is found
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            rest = list(batches)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        assert len(rest) == 8
+        assert 0 < loader.figures().stall < 60
+
+
 def losses(output: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
 
