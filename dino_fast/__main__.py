@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    print(f"dino-fast: unknown command {command!r}: choose train or knn, or doctor", file=sys.stderr)
+    print(f"dino-fast: unknown command {command!r}: choose train, knn or doctor", file=sys.stderr)
     return 2
 
 

@@ -203,6 +203,14 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"
 
 
+def with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """A recipe as plain data, with the settings that did not exist yet when it was written."""
+    return {
+        name: with_defaults(old[name], value) if isinstance(value, dict) and name in old else old.get(name, value)
+        for name, value in (old | defaults).items()
+    }
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
     """`name: old -> new` for the settings that differ between two recipes (as `dataclasses.asdict`) and that a resumed
     run must not change."""

@@ -123,15 +123,14 @@ def whole_shards(run: Run, order: ShardOrder) -> Work:
 def dali_decoders(run: Run) -> Iterator[tuple[str, str, Decoder]]:
     """DALI on the CPU, and on the GPU where there is one; none where it is not installed."""
     try:
-        from pipelines.decode_dali import DaliDecoder, Hardware, hw_share, largest_usual
+        from pipelines.decode_dali import DaliDecoder, hardware_of
     except ImportError:
         return
     data, threads, device = run.recipe.data, run.threads_named, run.ranks.device
     common = (run.threads, data.prefetch)
     yield DALI_CPU, threads, DaliDecoder(run.recipe.crops, run.share, torch.device("cpu"), *common)
     if device.type == "cuda":
-        load = hw_share(run.threads) if data.hw_decoder_load < 0 else data.hw_decoder_load
-        hardware = Hardware(load, *largest_usual(run.index))
+        hardware = hardware_of(data.hw_decoder_load, data.size_hint, run.threads, run.index)
         yield DALI_GPU, f"{threads}, {device}", DaliDecoder(run.recipe.crops, run.share, device, *common, hardware)
 
 

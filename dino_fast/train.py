@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dino_fast import checkpoint
-from dino_fast.config import Recipe, UsageError, differences, read_recipe
+from dino_fast.config import Recipe, UsageError, differences, read_recipe, with_defaults
 from dino_fast.distributed import Ranks, join, parallel
 from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
@@ -107,7 +107,7 @@ def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> t
     if found[0] is None:
         return 0, []
     state, notes = found[0]
-    changes = list(differences(state["recipe"], plain(recipe)))
+    changes = list(differences(with_defaults(state["recipe"], plain(Recipe())), plain(recipe)))
     if state["data"] != fingerprint:
         changes.append(f"data.train: {recipe.data.train} holds other data than the run began with")
     what = f"--output {recipe.output} holds a run of another recipe ({'; '.join(changes)})"

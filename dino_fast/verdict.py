@@ -37,10 +37,15 @@ def verdict(rates: Mapping[str, float], data: DataRecipe, crops: CropRecipe, mac
     supply = rates[LOADER] if machine.in_memory else min(rates[LOADER], storage)
     lines = [_balance(supply, demand)]
     if supply < ENOUGH * demand:
-        path = [COLD if COLD in rates else WARM, decoding(data, machine.on_gpu), AUGMENT]
-        slowest = min(path, key=rates.__getitem__)
+        again = WARM if machine.in_memory or COLD not in rates else COLD  # what reads after the first epoch
+        slowest = min([again, decoding(data, machine.on_gpu), AUGMENT], key=rates.__getitem__)
         advice = _advice(slowest, rates, data, crops, machine)
         lines.append(f"Its slowest stage is {slowest}, {digits(rates[slowest])} img/s: {advice}.")
+    if machine.in_memory and storage < ENOUGH * demand:
+        lines.append(
+            f"The first epoch waits for {COLD}, {digits(storage)} img/s; memory can hold all shards for those that "
+            f"follow: {_storage_advice(data)}."
+        )
     if not machine.on_gpu:
         together = 1 / (1 / supply + 1 / demand)
         lines.append(f"Loader and step share the CPU's cores here: expect some {digits(together)} img/s of a run.")
@@ -71,19 +76,19 @@ def decoding(data: DataRecipe, on_gpu: bool) -> str:
 
 def _advice(stage: str, rates: Mapping[str, float], data: DataRecipe, crops: CropRecipe, machine: Machine) -> str:
     if stage in (COLD, WARM):
-        return _storage_advice(data, machine.in_memory)
+        return _storage_advice(data)
     if stage == AUGMENT:
         return _fewer_views(crops) if machine.on_gpu else _cores_advice(data, crops, machine)
     return _faster_decoder(stage, rates, data, machine.on_gpu) or _cores_advice(data, crops, machine)
 
 
-def _storage_advice(data: DataRecipe, in_memory: bool) -> str:
+def _storage_advice(data: DataRecipe) -> str:
     advice = "keep the shards on faster storage"
     if data.order == "global":
         advice = f"--data.order shards reads whole shards and mixes --data.window of them; or {advice}"
     elif not data.cache:
         advice += ", or copies of them with --data.cache FOLDER"
-    return f"in the first epoch alone, since memory can hold all shards; {advice}" if in_memory else advice
+    return advice
 
 
 def _faster_decoder(stage: str, rates: Mapping[str, float], data: DataRecipe, on_gpu: bool) -> str:

@@ -42,6 +42,12 @@ def hw_share(threads: int) -> float:
     return 2600 / (2600 + 270 * threads)
 
 
+def hardware_of(load: float, size_hint: int, threads: int, index: ShardIndex) -> Hardware:
+    """What the settings `data.hw_decoder_load` and `data.size_hint` say, or leave to the threads and the index."""
+    height, width = (size_hint, size_hint) if size_hint else largest_usual(index)
+    return Hardware(hw_share(threads) if load < 0 else load, height, width)
+
+
 def largest_usual(index: ShardIndex) -> tuple[int, int]:
     """Height and width in pixels that 99 of 100 pictures do not pass: what is larger has its memory found when it
     comes."""

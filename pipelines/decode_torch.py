@@ -6,6 +6,7 @@ torchvision crops and resizes.
 """
 
 import io
+import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Executor
 
@@ -34,7 +35,8 @@ def decode(sample: bytes) -> Tensor:
     except MemoryError:
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
-        raise Undecodable(" ".join(str(error).split()) or type(error).__name__) from error
+        words = re.sub(r" <_io\.BytesIO object at \w+>", "", " ".join(str(error).split()))
+        raise Undecodable(words or type(error).__name__) from error
     return torch.from_numpy(levels).permute(2, 0, 1)
 
 
@@ -89,6 +91,7 @@ class TorchDecoder:
         try:
             list(self._pool.map(work, range(len(request.samples))))
         except Undecodable as error:
+            self._crops = []  # other threads may still be writing into these
             return error
         return crops
 

@@ -8,6 +8,7 @@ from shards.cache import Outcome, PageCache, Shelf
 from shards.errors import UserError
 from shards.index import ShardIndex
 
+_PARTING = 2.0  # seconds that the threads have to end together; after that they are left behind, as daemons
 _POLL = 0.1  # seconds between looks at what other processes do
 _FULL_POLL = 0.5  # seconds, where room is waited for: a look goes through the whole folder
 
@@ -31,14 +32,14 @@ class Fetcher:
     """Keeps the shards of a step and those of the `ahead` next windows on a shelf, fetched by `threads` threads.
 
     The shelf is for this fetcher alone; other ranks have their own, over the same folder of copies. What a thread
-    raises is raised by `need`. Close it to let everything go. `waited` counts the seconds that `need` took.
+    raises is raised by `need`. Close it to let everything go. `progress` is when a shard last came, by time.monotonic.
 
     Raises UserError where any two windows do not fit on the shelf: a step may come from two.
     """
 
     def __init__(self, order: ShardOrder, shelf: Shelf, ahead: int = 1, threads: int = 4, limit: float = 600.0) -> None:
         shelf.require(2 * order.window)
-        self.waited = 0.0
+        self.progress = time.monotonic()
         self._order, self._shelf, self._ahead, self._limit = order, shelf, ahead, limit
         self._changed = threading.Condition()  # guards what follows
         self._wanted: list[int] = []  # shards, the first to be used first
@@ -58,13 +59,11 @@ class Fetcher:
         Raises what a thread raised, and UserError where the shards of the step do not fit on the shelf, or none of
         those missing came for `limit` seconds.
         """
-        start = time.monotonic()
         needed = self._order.shards(step).tolist()
         self._shelf.require(len(needed))
         with self._changed:
             self._aim(step, needed)
             self._await(set(needed))
-        self.waited += time.monotonic() - start
 
     def close(self) -> None:
         """Stop the threads, each after the shard that it is at, and let go of all shards."""
@@ -72,8 +71,9 @@ class Fetcher:
             self._stopped = True
             self._wanted = []
             self._changed.notify_all()
+        deadline = time.monotonic() + _PARTING
         for thread in self._threads:
-            thread.join(timeout=30)
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
         with self._changed:
             self._let_go(self._held)
 
@@ -167,6 +167,7 @@ class Fetcher:
         self._last[shard] = outcome
         if outcome is Outcome.HELD:
             self._held.add(shard)
+            self.progress = time.monotonic()
             if shard not in self._wanted:  # the steps leapt meanwhile
                 self._let_go({shard})
             self._changed.notify_all()

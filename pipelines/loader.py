@@ -30,7 +30,8 @@ from shards.cache import CACHE_BYTES
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
 
-_MAKING = 60  # seconds that a batch may take once its pictures are read
+_READING = 5  # seconds for a request once its shards are at hand, and
+_MAKING = 60  # for a batch once its pictures are read, beyond `timeout`
 
 # As `photometric.augment`, and threads for it.
 Augment: TypeAlias = Callable[[Tensor, Colours, Tensor, Executor], None]
@@ -52,7 +53,7 @@ class DataRecipe:
     cache_bytes: Annotated[int, Ge(1)] = CACHE_BYTES
     """bytes of shards in the cache at most"""
     decode: Literal["auto", "dali", "torch"] = "auto"
-    """library that decodes and crops; auto: DALI on a GPU, torch on CPU cores, where it is twice as fast"""
+    """library that decodes and crops; auto: DALI on a GPU, torch on CPU cores, where it is faster"""
     decode_device: Literal["auto", "gpu", "cpu"] = "auto"
     """where pictures are decoded and cropped; auto: the GPU where there is one. They are augmented there in any case"""
     threads: Annotated[int, Ge(0), Le(512)] = 0
@@ -62,7 +63,7 @@ class DataRecipe:
     max_bad_samples: Annotated[int, Ge(0)] = 100
     """unreadable samples that each rank replaces before it stops the run"""
     timeout: Annotated[int, Ge(1)] = 300
-    """seconds without a batch after which the run stops: storage or a decoder is stuck"""
+    """seconds after which the run stops when nothing came from storage, or no batch: something is stuck"""
     hw_decoder_load: Annotated[float, Ge(-1), Le(1)] = -1.0
     """share of the pictures that the GPU's JPEG engines decode, the rest being left to its cores and the CPU threads;
     -1: by the number of threads"""
@@ -135,34 +136,44 @@ class Loader:
         self.bad: dict[int, str] = {}
         self._augment, self.notes = augment_kernel(device)
         if index.remote and data.order == "global":
-            self.notes.append(
-                f"{index.folder}: single samples are asked of a store one by one; --data.order shards --data.cache "
-                "FOLDER reads whole shards ahead"
+            how = (
+                "whole shards are copied for single samples"
+                if data.cache
+                else "samples are asked of a store one by one"
             )
+            self.notes.append(f"{index.folder}: {how}; --data.order shards --data.cache FOLDER reads shards ahead")
         self._stall = StallClock(device)
         self._read_bytes = 0
+        self._fetched: Fetcher | None = None
         self._prefetchers: list[Prefetcher[Any]] = []
         self._before = (0.0, 0, [(0, 0), (0, 0)])  # the totals when `figures` was last called
 
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
         """The batches of steps start … stop − 1. Each stays valid for as long as it is held. Close it to stop early."""
         depth, limit = self._data.prefetch, self._data.timeout
-        if isinstance(self.order, ShardOrder):  # each shard of the first windows may take as long
-            limit *= 2 * self.order.window + 1
-        # The limits differ so that the error names the stage that is stuck.
+        # The limits differ so that the error names the stage that is stuck; a fetcher's is `limit`.
+        reading, making = limit + (_READING if isinstance(self.order, ShardOrder) else 0), limit + _MAKING
         with (
-            Prefetcher(self._requests(start, stop), depth, "reading shards", limit) as requests,
-            Prefetcher(self._make(requests), depth, "making batches", limit + _MAKING) as made,
+            Prefetcher(self._requests(start, stop), depth, "reading shards", reading, self._progress) as requests,
+            Prefetcher(self._make(requests), depth, "making batches", making, self._progress) as made,
         ):
             self._prefetchers = [requests, made]
-            while True:
-                self._stall.ask()
-                batch = next(made, None)
-                if batch is None:
-                    return
-                self._hand_over(batch)
-                self._stall.get()
-                yield batch
+            self._before = (*self._before[:2], [(0, 0), (0, 0)])
+            try:
+                while True:
+                    self._stall.ask()
+                    batch = next(made, None)
+                    if batch is None:
+                        return
+                    self._hand_over(batch)
+                    self._stall.get()
+                    yield batch
+            finally:
+                requests.stop()  # `made` may be waiting for it
+
+    def _progress(self) -> float:
+        """When a shard last came near, by time.monotonic."""
+        return 0.0 if self._fetched is None else self._fetched.progress
 
     def figures(self) -> Figures:
         """Since this was last called."""
@@ -179,6 +190,7 @@ class Loader:
 
     def _requests(self, start: int, stop: int) -> Iterator[Request]:
         with self._fetcher() as fetched:
+            self._fetched = fetched
             for step in range(start, stop):
                 if fetched is not None:
                     fetched.need(step)
@@ -246,17 +258,14 @@ class Loader:
         if self._data.decode == "torch" or (self._data.decode == "auto" and not on_gpu):
             return TorchDecoder(self._crops, pool)
         try:
-            from pipelines.decode_dali import DaliDecoder, Hardware, hw_share, largest_usual
+            from pipelines.decode_dali import DaliDecoder, hardware_of
         except ImportError as error:
             raise UserError(
                 f"DALI does not import ({error}): pip install 'dino-fast[dali]', or pass --data.decode torch"
             ) from error
         if not on_gpu:
             return DaliDecoder(self._crops, self._share, torch.device("cpu"), threads, self._data.prefetch)
-        load, hint = self._data.hw_decoder_load, self._data.size_hint
-        hardware = Hardware(
-            hw_share(threads) if load < 0 else load, *((hint, hint) if hint else largest_usual(self._index))
-        )
+        hardware = hardware_of(self._data.hw_decoder_load, self._data.size_hint, threads, self._index)
         return DaliDecoder(self._crops, self._share, self._device, threads, self._data.prefetch, hardware)
 
     def _mended(self, decoder: Decoder, request: Request, error: Undecodable) -> list[Tensor]:

@@ -6,6 +6,7 @@ last step looks every level up in a table of normalised values, so that any floa
 """
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Any, TypeAlias
 
@@ -41,7 +42,7 @@ _scratch = threading.local()
 
 def augment(pictures: Tensor, colours: Colours, out: Tensor, pool: Executor) -> None:
     """All views of one resolution: `pictures` uint8 [B, V, S, S, 3] and their `colours` [V, B], normalised into `out`
-    [V·B, 3, S, S], channels-last, any float type; view-major. On the CPU, spread over the threads of `pool`."""
+    [V·B, 3, S, S], channels-last, a float type of 2 or 4 bytes; view-major. On the CPU, over the threads of `pool`."""
     batch, views, side = pictures.shape[:3]
     bits = _BITS[out.element_size()]
     plain = normalised_levels(out.dtype)
@@ -78,7 +79,15 @@ def _working_memory(side: int) -> Scratch:
 
 # "numpy": a division by zero gives inf and no exception, for which no vector instruction could be used. "contract":
 # multiply-add in one instruction, which rounds once where two round twice.
-_compiled = njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+_options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+
+
+def _compiled(function: Callable[..., Any]) -> Any:
+    """Compiled when it is first called, and kept beside this file or in the user's cache."""
+    try:
+        return njit(cache=True, **_options)(function)
+    except RuntimeError:  # neither can be written: then every process compiles for itself, some seconds
+        return njit(**_options)(function)
 
 
 @_compiled
@@ -150,15 +159,22 @@ def _jitter(planes: Array, operation: int, factor: Level, rest: Level) -> None:
     red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     if operation == BRIGHTNESS:
         for plane in (red, green, blue):
-            _blend(plane, factor, np.float32(0))
+            _blend(plane, factor, np.float32(0), rest)
     elif operation == CONTRAST:
         mean = np.float32(_luma_sum(red, green, blue)) / np.float32(len(red))
         for plane in (red, green, blue):
-            _blend(plane, factor, mean * rest)
+            _blend(plane, factor, mean, rest)
     elif operation == SATURATION:
         _saturation(red, green, blue, factor, rest)
     elif operation == HUE:
         _hue(red, green, blue, factor)
+
+
+@njit(nogil=True, error_model="numpy")
+def _times(one: Level, other: Level) -> Level:
+    """A product that is rounded by itself. What torch fuses into one rounding is fused here too, and nothing else: where
+    the exact result is a whole number, another rounding is another level."""
+    return one * other
 
 
 @_compiled
@@ -169,13 +185,13 @@ def _cut(value: Level) -> Level:
 
 @_compiled
 def _luma(red: Level, green: Level, blue: Level) -> Level:
-    return np.floor(red * np.float32(0.2989) + green * np.float32(0.587) + blue * np.float32(0.114))
+    return np.floor(_times(red, np.float32(0.2989)) + green * np.float32(0.587) + blue * np.float32(0.114))
 
 
 @_compiled
-def _blend(plane: Array, factor: Level, other: Level) -> None:
+def _blend(plane: Array, factor: Level, other: Level, rest: Level) -> None:
     for at in range(len(plane)):
-        plane[at] = _cut(plane[at] * factor + other)
+        plane[at] = _cut(_times(plane[at], factor) + other * rest)
 
 
 @_compiled
@@ -189,10 +205,10 @@ def _luma_sum(red: Array, green: Array, blue: Array) -> int:
 @_compiled
 def _saturation(red: Array, green: Array, blue: Array, factor: Level, rest: Level) -> None:
     for at in range(len(red)):
-        luma = _luma(red[at], green[at], blue[at]) * rest
-        red[at] = _cut(red[at] * factor + luma)
-        green[at] = _cut(green[at] * factor + luma)
-        blue[at] = _cut(blue[at] * factor + luma)
+        luma = _luma(red[at], green[at], blue[at])
+        red[at] = _cut(_times(red[at], factor) + luma * rest)
+        green[at] = _cut(_times(green[at], factor) + luma * rest)
+        blue[at] = _cut(_times(blue[at], factor) + luma * rest)
 
 
 @_compiled
@@ -220,7 +236,7 @@ def _hue(reds: Array, greens: Array, blues: Array, shift: Level) -> None:
         from_blue = np.float32(4) + (red - green) / divisor
         sector = from_red if value == red else (from_green if value == green else from_blue)
         turned = sector / six + shift
-        turned = (turned - np.floor(turned)) * six
+        turned = _times(turned - np.floor(turned), six)
         reds[at] = _channel(value, fall, turned, np.float32(5))
         greens[at] = _channel(value, fall, turned, np.float32(3))
         blues[at] = _channel(value, fall, turned, one)
@@ -232,7 +248,7 @@ def _channel(value: Level, fall: Level, turned: Level, offset: Level) -> Level:
     distance = turned + offset
     distance = distance - (np.float32(6) if distance >= np.float32(6) else np.float32(0))
     share = min(max(min(distance, np.float32(4) - distance), np.float32(0)), np.float32(1))
-    return np.floor(min(max(value - fall * share, np.float32(0)), np.float32(1)) * np.float32(255.999))
+    return np.floor(min(max(value - _times(fall, share), np.float32(0)), np.float32(1)) * np.float32(255.999))
 
 
 @_compiled

@@ -4,11 +4,12 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
+_PARTING = 5.0  # seconds that a thread has to end; after that it is left behind, as a daemon
 _POLL = 0.1  # seconds between looks at whether the other side is still there
 
 
@@ -21,13 +22,20 @@ class Prefetcher(Generic[Item], Iterator[Item]):
 
     What the thread raises is raised here, in its place. A wait of more than `limit` seconds is a TimeoutError that
     names what was waited for. `close()` (or the end of a `with`) stops the thread, which drops what it holds.
-    `taken` counts the items, `waited` the seconds that the taker stood at an empty queue, `queued` sums up how many
-    items lay ready whenever one was asked for.
+    `taken` counts the items, `queued` sums up how many lay ready whenever one was asked for. The limit counts from
+    `progress()` (a reading of time.monotonic) where that is later than the question.
     """
 
-    def __init__(self, items: Iterator[Item], depth: int, name: str, limit: float = 600.0) -> None:
-        self.waited, self.taken, self.queued = 0.0, 0, 0
-        self._name, self._limit = name, limit
+    def __init__(
+        self,
+        items: Iterator[Item],
+        depth: int,
+        name: str,
+        limit: float = 600.0,
+        progress: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.taken, self.queued = 0, 0
+        self._name, self._limit, self._progress = name, limit, progress
         self._queue: queue.Queue[Item | Exception] = queue.Queue(depth)
         self._stop, self._stuck = threading.Event(), False
         self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
@@ -53,10 +61,8 @@ class Prefetcher(Generic[Item], Iterator[Item]):
         return False
 
     def __next__(self) -> Item:
-        start = time.monotonic()
         self.queued += self._queue.qsize()
-        item = self._get(start + self._limit)
-        self.waited += time.monotonic() - start
+        item = self._get(time.monotonic())
         self.taken += 1
         if isinstance(item, Exception):
             self._queue.put_nowait(item)  # asked again, it answers the same
@@ -65,7 +71,7 @@ class Prefetcher(Generic[Item], Iterator[Item]):
             raise item
         return item
 
-    def _get(self, deadline: float) -> Item | Exception:
+    def _get(self, asked: float) -> Item | Exception:
         while True:
             alive = self._thread.is_alive()  # before the look: what it puts as its last is then found
             with contextlib.suppress(queue.Empty):
@@ -74,14 +80,18 @@ class Prefetcher(Generic[Item], Iterator[Item]):
                 return _End()
             if not alive:
                 raise RuntimeError(f"{self._name}: the thread died without a word")
-            if time.monotonic() > deadline:
+            if time.monotonic() > max(asked, self._progress()) + self._limit:
                 self._stuck = True
                 raise TimeoutError(f"{self._name}: nothing came for {self._limit:.0f} s; is the storage stuck?")
 
-    def close(self) -> None:
+    def stop(self) -> None:
+        """Let the thread end after what it is at, and whoever waits for it; does not wait."""
         self._stop.set()
+
+    def close(self) -> None:
+        self.stop()
         if not self._stuck:
-            self._thread.join(timeout=30)
+            self._thread.join(timeout=_PARTING)
 
     def __enter__(self) -> "Prefetcher[Item]":
         return self

@@ -6,7 +6,16 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_fast.config import Recipe, UsageError, build_parser, check, differences, read_recipe, settings_of
+from dino_fast.config import (
+    Recipe,
+    UsageError,
+    build_parser,
+    check,
+    differences,
+    read_recipe,
+    settings_of,
+    with_defaults,
+)
 from dino_fast.train import plain
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
@@ -119,3 +128,9 @@ def test_differences_name_what_changes_the_result():
     assert list(differences(plain(recipe), plain(moved))) == []
     other = dataclasses.replace(moved, seed=1, crops=dataclasses.replace(recipe.crops, locals=2))
     assert list(differences(plain(recipe), plain(other))) == ["crops.locals: 8 -> 2", "seed: 0 -> 1"]
+
+
+def test_a_setting_that_a_recipe_did_not_have_yet_is_no_difference():
+    new = {"a": 1, "data": {"order": "global", "window": 8}}
+    old = with_defaults({"a": 2, "data": {"order": "global"}, "gone": 3}, new)
+    assert list(differences(old, new)) == ["a: 2 -> 1", "gone: 3 -> None"]

@@ -1,6 +1,8 @@
 """DALI and torchvision against Pillow, picture by picture."""
 
 import io
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -127,3 +129,33 @@ def test_tiny_windows_are_found_by_their_thinner_side():
 def test_what_is_no_picture_does_not_decode(sample: bytes):
     with pytest.raises(Undecodable):
         decode(sample)
+
+
+def test_a_failed_batch_does_not_write_into_the_next(index: ShardIndex, monkeypatch: pytest.MonkeyPatch):
+    from pipelines import decode_torch
+
+    good = request_of(index.read(range(4)), RECIPE)
+    bad = Request(1, good.ids, [b"junk", *good.samples[1:3], good.samples[0]], good.windows)
+    plain = decode_torch.decode
+    started = threading.Event()
+
+    def slow_for_the_last(sample: bytes):
+        if sample is bad.samples[3] and not started.is_set():
+            started.set()
+            time.sleep(1)
+        return plain(sample)
+
+    [(_, expected)] = list(build("torch", RECIPE, 4).stream([good]))
+    with ThreadPoolExecutor(4) as pool:
+        stream = TorchDecoder(RECIPE, pool).stream([bad, good])
+        monkeypatch.setattr(decode_torch, "decode", slow_for_the_last)
+        assert isinstance(next(stream)[1], Undecodable)
+        _, found = next(stream)
+    # The pool has ended here: the straggler too.
+    assert all(torch.equal(one, other) for one, other in zip(expected, found, strict=True))
+
+
+def test_an_undecodable_picture_is_reported_in_the_same_words_each_time():
+    with pytest.raises(Undecodable) as raised:
+        decode(b"junk")
+    assert str(raised.value) == "cannot identify image file"

@@ -182,7 +182,6 @@ def test_close_frees_whoever_waits_and_leaves_no_thread(order: ShardOrder) -> No
         with pytest.raises(RuntimeError, match="closed"):
             waiting.result(timeout=20)
     assert threading.active_count() == before
-    assert fetching.waited >= 0
 
 
 # Over real shards

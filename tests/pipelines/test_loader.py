@@ -275,3 +275,27 @@ def test_single_samples_from_a_store_are_slow_and_that_is_said(shard_folder: Pat
         loader = build(far, decode="torch")
         assert len(list(loader.batches(0, 2))) == 2
         assert any("--data.order shards" in note for note in loader.notes)
+
+
+def test_closing_while_the_storage_is_stuck_does_not_take_long(index: ShardIndex, monkeypatch: pytest.MonkeyPatch):
+    release, read = threading.Event(), index.read
+    monkeypatch.setattr(index, "read", lambda ids: read(ids) if not stuck.is_set() else release.wait() and [])
+    stuck = threading.Event()
+    batches = build(index, decode="torch", prefetch=1).batches(0, 1000)
+    next(batches)
+    stuck.set()
+    time.sleep(1)  # both threads come to stand
+    start = time.monotonic()
+    batches.close()
+    assert time.monotonic() - start < 20
+    release.set()
+
+
+def test_figures_begin_anew_with_a_second_start(index: ShardIndex):
+    loader = build(index, decode="torch")
+    for _ in range(2):
+        list(loader.batches(0, 8))
+        figures = loader.figures()
+        assert figures.requests_ready >= 0
+        assert figures.batches_ready >= 0
+        assert figures.read_bytes > 0
