@@ -172,8 +172,8 @@ def _jitter(planes: Array, operation: int, factor: Level, rest: Level) -> None:
 
 @njit(nogil=True, error_model="numpy")
 def _times(one: Level, other: Level) -> Level:
-    """A product that is rounded by itself. What torch fuses into one rounding is fused here too, and nothing else: where
-    the exact result is a whole number, another rounding is another level."""
+    """A product that is rounded by itself, where torch rounds it so: where the exact result is a whole number, another
+    rounding is another level."""
     return one * other
 
 
