@@ -72,7 +72,7 @@ def torchvision_chain(picture: Tensor, colours: ph.Colours, place: int) -> Tenso
     return (F.solarize(p, 128) if colours.solarize[place] else p).permute(1, 2, 0)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), view=st.integers(0, 3), side=st.sampled_from([16, 33, 48]))
 def test_a_whole_view_is_torchvisions_chain(seed, view, side):
     pictures = some_pictures(12, side, seed % 1000)

@@ -78,7 +78,7 @@ def apart(pictures: Tensor, colours: ph.Colours) -> Tensor:
     return (levels(augmented(pictures, colours)) - levels(theirs)).abs()
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, derandomize=True)
 @given(
     seed=st.integers(0, 2**32), side=st.sampled_from([24, 33, 48, 65]), batch=st.integers(1, 5),
     views=st.integers(1, 2),
