@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bench.timing import interleaved, record, report
+from bench.timing import interleaved, records, report
 from pipelines import photometric
 from pipelines.crops import CropRecipe
 from pipelines.photometric import Colours, PhotometricRecipe, draw_colours
@@ -181,13 +181,7 @@ def main() -> None:
     if COMPILED in rounds:
         breaks, graphs = sum(counters["graph_break"].values()), counters["stats"]["unique_graphs"]
         print(f"{COMPILED}: {breaks} graph breaks, {graphs} graphs for {SETS} steps")
-    rows = [
-        record("augment", name, metric, unit, [figures[metric] for figures in by_round])
-        for metric, unit in UNITS.items()
-        for name, by_round in rounds.items()
-        if metric in by_round[0]
-    ]
-    report(rows, options.json)
+    report(records("augment", UNITS, rounds), options.json)
 
 
 if __name__ == "__main__":

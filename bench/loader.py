@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import Levels, Peer, Views, available, installed, left_out, pillow_crop, unpack
-from bench.timing import interleaved, record, report
+from bench.timing import interleaved, records, report
 from pipelines.crops import CropRecipe, windows
 from pipelines.loader import DataRecipe, Loader
 from pipelines.order import Order
@@ -262,13 +262,7 @@ def compare(options: argparse.Namespace, folder: str) -> None:
     names = options.only or [name + ending for name in arms() for ending in ("", ALONE)]
     rounds = interleaved({name: partial(one_round, name, options, folder) for name in names}, options.rounds)
     print(f"{options.shards}: 2×224 + 6×96, batches of {options.batch}, {options.cores} cores")
-    rows = [
-        record("loader", name, metric, unit, [figures[metric] for figures in found])
-        for metric, unit in UNITS.items()
-        for name, found in rounds.items()
-        if metric in found[0]
-    ]
-    report(rows, options.json)
+    report(records("loader", UNITS, rounds), options.json)
 
 
 def one_round(name: str, options: argparse.Namespace, folder: str) -> Figures:

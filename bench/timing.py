@@ -40,15 +40,25 @@ def record(bench: str, arm: str, metric: str, unit: str, figures: list[float]) -
     }  # fmt: skip
 
 
-def report(records: list[dict[str, Any]], file: Path | None) -> None:
+def records(bench: str, units: Mapping[str, str], rounds: Mapping[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """A record of every metric (`units`: the unit of each) of every arm that has it, from its figures by round."""
+    return [
+        record(bench, arm, metric, unit, [figures[metric] for figures in found])
+        for metric, unit in units.items()
+        for arm, found in rounds.items()
+        if metric in found[0]
+    ]
+
+
+def report(rows: list[dict[str, Any]], file: Path | None) -> None:
     """Print one line a record, and append them to `file` as JSON lines."""
-    for row in records:
+    for row in rows:
         median, low, high = (digits(row[name]) for name in ("median", "q25", "q75"))
         print(f"{row['arm']:40s} {row['metric']:16s} {median:>10s} {row['unit']}   ({low} to {high}, n = {row['n']})")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in records)
+            out.writelines(json.dumps(row) + "\n" for row in rows)
 
 
 def digits(figure: float) -> str:
