@@ -6,6 +6,7 @@ on (index, recipes, seed, step, rank) alone, whichever decoder makes it and wher
 
 import contextlib
 import os
+import sys
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from pipelines.stall import StallClock
 from shards.cache import CACHE_BYTES
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
+from shards.picture import UndecodableError, decode
 
 _READING = 5  # seconds for a request once its shards are at hand, and
 _MAKING = 60  # for a batch once its pictures are read, beyond `timeout`
@@ -127,6 +129,9 @@ class Loader:
         if data.decode_device == "gpu" and device.type != "cuda":
             raise UserError("--data.decode_device gpu: this run is not on a GPU; pass auto or cpu")
         self._seed, self._device, self._dtype = seed, device, dtype
+        self._threads = data.threads or default_threads()
+        self._on_gpu = device.type == "cuda" and data.decode_device != "cpu"  # are pictures decoded
+        self._uses_dali = data.decode == "dali" or (data.decode == "auto" and self._on_gpu)
         self._rank, self._world, self._share = rank, world, batch // world
         self.order: AnyOrder = (
             Order(len(index), batch, seed)
@@ -142,6 +147,10 @@ class Loader:
                 else "samples are asked of a store one by one"
             )
             self.notes.append(f"{index.folder}: {how}; --data.order shards --data.cache FOLDER reads shards ahead")
+        if self._uses_dali and not index.decoded:
+            self.notes.append(
+                f"{index.folder} was packed with --check header: every picture is decoded twice, once for DALI's safety"
+            )
         self._stall = StallClock(device)
         self._read_bytes = 0
         self._fetched: Fetcher | None = None
@@ -189,12 +198,12 @@ class Loader:
     # Reading: bytes and windows
 
     def _requests(self, start: int, stop: int) -> Iterator[Request]:
-        with self._fetcher() as fetched:
+        with self._fetcher() as fetched, ThreadPoolExecutor(self._threads, "judging") as pool:
             self._fetched = fetched
             for step in range(start, stop):
                 if fetched is not None:
                     fetched.need(step)
-                yield self._read(step)
+                yield self._read(step, pool)
 
     def _fetcher(self) -> contextlib.AbstractContextManager[Fetcher | None]:
         """What brings whole shards near ahead of use, where the order goes by shards."""
@@ -203,17 +212,25 @@ class Loader:
         rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return fetcher(self._index, self.order, rank=rank, world=world, limit=self._data.timeout)
 
-    def _read(self, step: int) -> Request:
+    def _read(self, step: int, pool: Executor) -> Request:
         ids = self.order.ids(step, self._rank, self._world)
         attempts = np.zeros(len(ids), np.int64)
         while True:
             try:
                 samples = self._index.read(ids)
                 self._read_bytes += sum(map(len, samples))
+                if self._uses_dali and not self._index.decoded:
+                    self._judge(ids, samples, pool)
                 return Request(step, ids, samples, self._windows(step, ids))
             except BadSample as bad:
                 place = int(np.flatnonzero(ids == bad.id)[0])
                 self._replace(step, ids, attempts, place, str(bad))
+
+    def _judge(self, ids: npt.NDArray[np.int64], samples: list[bytes], pool: Executor) -> None:
+        """Raises BadSample for the first picture that does not decode: in large batches DALI 2.4 may crash on one."""
+        for id, reason in zip(ids.tolist(), pool.map(_why_undecodable, samples), strict=True):
+            if reason is not None:
+                raise self._index.bad(id, reason)
 
     def _windows(self, step: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         epoch = self.order.epoch(step)
@@ -245,17 +262,15 @@ class Loader:
             yield from self._made(requests)
 
     def _made(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        threads = self._data.threads or default_threads()
-        with ThreadPoolExecutor(threads, "pictures") as pool:
-            decoder = self._decoder(pool, threads)
+        with ThreadPoolExecutor(self._threads, "pictures") as pool:
+            decoder = self._decoder(pool)
             for request, crops in decoder.stream(requests):
                 if isinstance(crops, Undecodable):
                     crops = self._mended(decoder, request, crops)
                 yield self._augmented(request, crops, pool)
 
-    def _decoder(self, pool: Executor, threads: int) -> Decoder:
-        on_gpu = self._device.type == "cuda" and self._data.decode_device != "cpu"
-        if self._data.decode == "torch" or (self._data.decode == "auto" and not on_gpu):
+    def _decoder(self, pool: Executor) -> Decoder:
+        if not self._uses_dali:
             return TorchDecoder(self._crops, pool)
         try:
             from pipelines.decode_dali import DaliDecoder, hardware_of
@@ -263,10 +278,10 @@ class Loader:
             raise UserError(
                 f"DALI does not import ({error}): pip install 'dino-fast[dali]', or pass --data.decode torch"
             ) from error
-        if not on_gpu:
-            return DaliDecoder(self._crops, self._share, torch.device("cpu"), threads, self._data.prefetch)
-        hardware = hardware_of(self._data.hw_decoder_load, self._data.size_hint, threads, self._index)
-        return DaliDecoder(self._crops, self._share, self._device, threads, self._data.prefetch, hardware)
+        if not self._on_gpu:
+            return DaliDecoder(self._crops, self._share, torch.device("cpu"), self._threads, self._data.prefetch)
+        hardware = hardware_of(self._data.hw_decoder_load, self._data.size_hint, self._threads, self._index)
+        return DaliDecoder(self._crops, self._share, self._device, self._threads, self._data.prefetch, hardware)
 
     def _mended(self, decoder: Decoder, request: Request, error: Undecodable) -> list[Tensor]:
         """The crops of a request with an undecodable picture: each picture alone, and a substitute for the bad ones."""
@@ -339,6 +354,14 @@ def augment_kernel(device: torch.device) -> tuple[Augment, list[str]]:
     except ImportError as error:
         note = f"{error}: colours take several times as long without it"
         return lambda pictures, colours, out, _: reference_augment(pictures, colours, out), [note]
+
+
+def _why_undecodable(sample: bytes) -> str | None:
+    try:
+        decode(sample, max_pixels=sys.maxsize)  # packing had a limit of its own
+    except UndecodableError as error:
+        return str(error)
+    return None
 
 
 def default_threads() -> int:

@@ -94,6 +94,11 @@ class ShardIndex:
         """Whether the folder is one of an object store."""
         return isinstance(self.folder, str)
 
+    @property
+    def decoded(self) -> bool:
+        """Whether every picture was decoded in full when it was packed or indexed."""
+        return self.manifest.options.get("check") == "full"
+
     def shard_sizes(self) -> np.ndarray:
         """[shards] int64: how many samples each shard has. Samples are numbered shard by shard.
 
@@ -143,6 +148,10 @@ class ShardIndex:
         record = self._record(id)
         return f"{self._shard(record)}, key {self._key_or_mark(id)}, offset {record['offset']}"
 
+    def bad(self, id: int, reason: str) -> BadSample:
+        """What to raise for a sample that is no good for this reason."""
+        return self._bad(id, self._key_or_mark(id), reason)
+
     def _record(self, id: int) -> np.void:
         if not 0 <= id < len(self.records):
             raise IndexError(f"sample {id} of {len(self.records)}")
@@ -161,9 +170,9 @@ class ShardIndex:
             path = f"{self.folder}/{self._shard(record)}"
             raise UserError(f"{path}: {error.strerror}; see to the storage, then run the same command again") from error
         if len(data) != size:
-            raise self._bad(id, self._key_or_mark(id), f"the file ends after {len(data)} of {size} bytes")
+            raise self.bad(id, f"the file ends after {len(data)} of {size} bytes")
         if zlib.crc32(data) != record["crc32"]:
-            raise self._bad(id, self._key_or_mark(id), "crc32 differs from the index: the bytes are damaged")
+            raise self.bad(id, "crc32 differs from the index: the bytes are damaged")
         return data
 
     def _bytes(self, record: np.void, offset: int, size: int) -> bytes:

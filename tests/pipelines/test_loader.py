@@ -12,8 +12,10 @@ import torch
 from pipelines.crops import CropRecipe
 from pipelines.loader import Batch, DataRecipe, Loader, open_index
 from pipelines.photometric import PhotometricRecipe
+from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
+from tests.pipelines.conftest import write_pictures
 from tests.shards.manifests import forge
 
 CROPS = CropRecipe(global_size=48, local_size=32, locals=2)
@@ -154,6 +156,24 @@ def test_bad_samples_are_replaced_by_rule_and_reported(
         assert torch.equal(one.globals.unflatten(0, (2, 8))[:, keep], other.globals.unflatten(0, (2, 8))[:, keep])
         assert other.globals.isfinite().all()
     assert found[1].ids[2] == loader.order.substitute(1, 2, 1)
+
+
+@pytest.mark.parametrize("batch", [8, 64])
+def test_what_was_packed_unchecked_is_judged_before_dali_may_crash_on_it(tmp_path: Path, batch: int):
+    write_pictures(tmp_path / "images", per_class=24)
+    for path in sorted(tmp_path.rglob("007.jpg")):
+        path.write_bytes(path.read_bytes()[:-200])
+    pack = ["pack", str(tmp_path / "images"), str(tmp_path / "shards"), "--check", "header", "--workers", "1"]
+    assert make_shards(pack) == 0
+    with ShardIndex(tmp_path / "shards") as index:
+        loader = build(index, batch=batch, decode="dali")
+        found = list(loader.batches(0, 72 // batch))
+        assert not build(index, decode="torch").notes
+    assert len(found) == 72 // batch
+    assert 1 <= len(loader.bad) <= 3
+    assert all("key 0000000" in report and "image file is truncated" in report for report in loader.bad.values())
+    assert not np.isin(np.concatenate([one.ids for one in found]), list(loader.bad)).any()
+    assert "--check header" in loader.notes[0]
 
 
 def test_too_many_bad_samples_stop_the_run(shard_folder: Path, tmp_path: Path):
