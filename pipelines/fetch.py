@@ -13,28 +13,28 @@ _POLL = 0.1  # seconds between looks at what other processes do
 _FULL_POLL = 0.5  # seconds, where room is waited for: a look goes through the whole folder
 
 
-def fetcher(
-    index: ShardIndex, order: ShardOrder, ahead: int = 1, rank: int = 0, world: int = 1, limit: float = 600.0
-) -> "Fetcher":
-    """The fetcher of one of `world` ranks on this machine: into the index's cache, or else into the page cache. A shard
-    may take `limit` seconds.
+def shelf_of(index: ShardIndex, order: ShardOrder, rank: int = 0, world: int = 1) -> Shelf:
+    """Where one of `world` ranks on this machine puts shards: into the index's cache, or else into the page cache.
 
-    Raises UserError for a remote folder without a cache, and a cache that does not hold two windows.
+    Raises UserError for a remote folder without a cache, and a cache in which any two windows do not fit: a step may
+    come from two.
     """
     if index.cache is not None:
-        return Fetcher(order, index.cache, ahead, limit=limit)
+        index.cache.require(2 * order.window)
+        return index.cache
     if index.remote:
         raise UserError(f"{index.folder}: --data.order shards copies whole shards: pass --data.cache FOLDER for them")
-    return Fetcher(order, PageCache(index.folder, index.manifest.shards, rank, world), ahead, limit=limit)
+    return PageCache(index.folder, index.manifest.shards, rank, world)
 
 
 class Fetcher:
     """Keeps the shards of a step and those of the `ahead` next windows on a shelf, fetched by `threads` threads.
 
     The shelf is for this fetcher alone; other ranks have their own, over the same folder of copies. What a thread
-    raises is raised by `need`. Close it to let everything go. `progress` is when a shard last came, by time.monotonic.
+    raises is raised by `need`, and a shard may take `limit` seconds. Close it to let everything go. `progress` is when
+    a shard last came, by time.monotonic.
 
-    Raises UserError where any two windows do not fit on the shelf: a step may come from two.
+    Raises UserError where any two windows do not fit on the shelf.
     """
 
     def __init__(self, order: ShardOrder, shelf: Shelf, ahead: int = 1, threads: int = 4, limit: float = 600.0) -> None:

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from pipelines.crops import CropRecipe, windows
 from pipelines.decode_torch import TorchDecoder
-from pipelines.fetch import Fetcher, fetcher
+from pipelines.fetch import Fetcher, shelf_of
 from pipelines.order import AnyOrder, Order, ShardOrder
 from pipelines.photometric import Colours, PhotometricRecipe, draw_colours
 from pipelines.photometric import augment as reference_augment
 from pipelines.prefetch import Prefetcher
 from pipelines.request import Decoder, Request, Undecodable
 from pipelines.stall import StallClock
-from shards.cache import CACHE_BYTES
+from shards.cache import CACHE_BYTES, Shelf
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
 from shards.picture import UndecodableError, decode
@@ -138,6 +138,10 @@ class Loader:
             if data.order == "global"
             else ShardOrder(index.shard_sizes(), batch, seed, data.window)
         )
+        self._shelf: Shelf | None = None
+        if isinstance(self.order, ShardOrder):
+            here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self._shelf = shelf_of(index, self.order, *here)
         self.bad: dict[int, str] = {}
         self._augment, self.notes = augment_kernel(device)
         if index.remote and data.order == "global":
@@ -207,10 +211,9 @@ class Loader:
 
     def _fetcher(self) -> contextlib.AbstractContextManager[Fetcher | None]:
         """What brings whole shards near ahead of use, where the order goes by shards."""
-        if not isinstance(self.order, ShardOrder):
+        if self._shelf is None or not isinstance(self.order, ShardOrder):
             return contextlib.nullcontext()
-        rank, world = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        return fetcher(self._index, self.order, rank=rank, world=world, limit=self._data.timeout)
+        return Fetcher(self.order, self._shelf, limit=self._data.timeout)
 
     def _read(self, step: int, pool: Executor) -> Request:
         ids = self.order.ids(step, self._rank, self._world)

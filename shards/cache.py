@@ -30,7 +30,7 @@ _PATIENCE = 600.0  # seconds to wait for another process
 _POLL = 0.05  # seconds between looks at what other processes do
 _PAUSE = 1.0  # seconds before what failed is tried again
 _OURS = re.compile(r"[0-9a-f]{64}\.(tar|part)")
-_MEND = "free some space there, lower --data.cache_bytes, or name another folder with --data.cache"
+_MEND = "make it writable or free some space there, lower --data.cache_bytes, or name another folder with --data.cache"
 
 
 class Outcome(enum.Enum):

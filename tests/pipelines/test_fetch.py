@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipelines import fetch
-from pipelines.fetch import Fetcher, fetcher
+from pipelines.fetch import Fetcher, shelf_of
 from pipelines.order import ShardOrder
 from shards.cache import Outcome, PageCache, _files
 from shards.errors import UserError
@@ -215,7 +215,7 @@ def test_ranks_over_one_cache_read_what_a_plain_index_reads(
 
     def train(rank: int) -> int:
         mine, most = cached(cache_bytes=room), 0
-        with fetcher(mine, order, rank=rank, world=2) as fetching:
+        with Fetcher(order, shelf_of(mine, order, rank, 2)) as fetching:
             for step in range(2 * order.steps_per_epoch):
                 fetching.need(step)
                 ids = order.ids(step, rank, 2)
@@ -233,20 +233,21 @@ def test_a_cache_too_small_for_two_windows_is_refused_at_once(cached: Callable[.
     order = ShardOrder(index.shard_sizes(), 4, seed=1, window=2)
     small = sum(shard.bytes for shard in index.manifest.shards[:2])
     with pytest.raises(UserError, match=r"4 shards must fit at once.*--data\.cache_bytes.*--data\.window"):
-        fetcher(cached(cache_bytes=small), order)
+        shelf_of(cached(cache_bytes=small), order)
 
 
 def test_a_local_folder_is_read_ahead_and_a_remote_one_wants_a_cache(
     index: ShardIndex, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     order = ShardOrder(index.shard_sizes(), 4, seed=1, window=2)
-    with fetcher(index, order) as fetching:
-        assert isinstance(fetching._shelf, PageCache)
+    shelf = shelf_of(index, order)
+    assert isinstance(shelf, PageCache)
+    with Fetcher(order, shelf) as fetching:
         for step in range(2 * order.steps_per_epoch):
             fetching.need(step)
     monkeypatch.setattr(index, "folder", "s3://bucket/folder")
     with pytest.raises(UserError, match=r"s3://bucket/folder: .*--data\.cache FOLDER"):
-        fetcher(index, order)
+        shelf_of(index, order)
 
 
 def test_a_run_over_a_store_reads_what_a_local_one_reads(index: ShardIndex, tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_a_run_over_a_store_reads_what_a_local_one_reads(index: ShardIndex, tmp_
         for path in Path(index.folder).iterdir():
             server.put(f"{url}/{path.name}", path.read_bytes())
         order = ShardOrder(index.shard_sizes(), 4, seed=1, window=2)
-        with ShardIndex(url, tmp_path / "cache") as remote, fetcher(remote, order) as fetching:
+        with ShardIndex(url, tmp_path / "cache") as remote, Fetcher(order, shelf_of(remote, order)) as fetching:
             for step in (0, 1, 2, order.steps_per_epoch - 1, order.steps_per_epoch, 100, 0):
                 fetching.need(step)
                 assert remote.read(order.ids(step)) == index.read(order.ids(step))

@@ -190,10 +190,11 @@ def test_nothing_readable_is_an_error_and_no_endless_search(shard_folder: Path, 
             list(loader.batches(0, 1))
 
 
-def test_storage_that_does_not_answer_is_no_bad_sample(shard_folder: Path, tmp_path: Path):
+@pytest.mark.parametrize("decode", ["dali", "torch"])
+def test_storage_that_does_not_answer_is_no_bad_sample(shard_folder: Path, tmp_path: Path, decode: str):
     folder = shutil.copytree(shard_folder, tmp_path / "going")
     with ShardIndex(folder) as index:
-        loader = build(index)
+        loader = build(index, decode=decode)
         for path in folder.glob("*.tar"):
             path.unlink()
         with pytest.raises(UserError, match="see to the storage"):
@@ -260,10 +261,13 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_replaced_and_reported(shard
     assert all(path.name in report and "crc32 differs" in report for report in loader.bad.values())
 
 
-def test_a_stuck_read_is_an_error_within_the_time_limit(index: ShardIndex, monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("decode", ["dali", "torch"])
+def test_a_stuck_read_is_an_error_within_the_time_limit(
+    index: ShardIndex, monkeypatch: pytest.MonkeyPatch, decode: str
+):
     release = threading.Event()
     monkeypatch.setattr(index, "read", lambda ids: release.wait() and [])
-    batches = build(index, decode="torch", timeout=1).batches(0, 3)
+    batches = build(index, decode=decode, timeout=1).batches(0, 3)
     start = time.monotonic()
     with pytest.raises(TimeoutError, match=r"reading shards: nothing came for 1 s; is the storage stuck\?"):
         next(batches)
