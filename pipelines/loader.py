@@ -18,6 +18,7 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
+from pipelines.buffers import Buffers
 from pipelines.crops import CropRecipe, windows
 from pipelines.decode_torch import TorchDecoder
 from pipelines.fetch import Fetcher, shelf_of
@@ -34,6 +35,7 @@ from shards.picture import UndecodableError, decode
 
 _READING = 5  # seconds for a request once its shards are at hand, and
 _MAKING = 60  # for a batch once its pictures are read, beyond `timeout`
+_IN_HAND = 3  # batches beside those queued: at the step, just given up by it, being made
 
 # As `photometric.augment`, and threads for it.
 Augment: TypeAlias = Callable[[Tensor, Colours, Tensor, Executor], None]
@@ -142,6 +144,7 @@ class Loader:
         if isinstance(self.order, ShardOrder):
             here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self._shelf = shelf_of(index, self.order, *here)
+        self._buffers = Buffers(data.prefetch + _IN_HAND)
         self.bad: dict[int, str] = {}
         self._augment, self.notes = augment_kernel(device)
         if index.remote and data.order == "global":
@@ -329,9 +332,10 @@ class Loader:
         return pictures.pin_memory().to(self._device, non_blocking=True)
 
     def _empty(self, pictures: int, side: int) -> Tensor:
-        return torch.empty(
-            pictures, 3, side, side, dtype=self._dtype, device=self._device, memory_format=torch.channels_last
-        )
+        shape = (pictures, side, side, 3)
+        if self._device.type == "cpu":
+            return self._buffers.empty(shape, self._dtype).permute(0, 3, 1, 2)
+        return torch.empty(shape, dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
 
     def _hand_over(self, batch: Batch) -> None:
         """Let the step's stream wait for the batch, not the host; and keep its memory until that stream is done."""

@@ -243,7 +243,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", refuse)
-    with pytest.raises(UserError, match=r"cache: No space left on device; make it writable or free some space there, lower --data\.cache"):
+    with pytest.raises(
+        UserError,
+        match=r"cache: No space left on device; make it writable or free some space there, lower --data\.cache",
+    ):
         cache.fetch(0)
     assert storage.fetched() == [0]  # trying again would not help
     assert used(cache) == 0
