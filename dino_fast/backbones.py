@@ -2,7 +2,8 @@
 
 import difflib
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision import models
 
 from shards.errors import UserError
@@ -14,6 +15,13 @@ _RESNETS = {
     "resnet101": models.resnet101,
 }
 BACKBONES = tuple(_RESNETS)
+
+
+class GlobalAveragePool(nn.Module):
+    """[N, D, H, W] → [N, D, 1, 1], as nn.AdaptiveAvgPool2d(1), whose gradient loses the channels-last layout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, (x.shape[-2], x.shape[-1]))
 
 
 def build_backbone(name: str) -> tuple[nn.Module, int]:
@@ -29,4 +37,5 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     backbone = _RESNETS[name](weights=None)
     features = backbone.fc.in_features
     backbone.fc = nn.Identity()
+    backbone.avgpool = GlobalAveragePool()
     return backbone, features

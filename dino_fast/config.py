@@ -61,12 +61,20 @@ class Recipe:
     """stop after this step although the schedules go on; 0: run all epochs"""
     batch_size: Annotated[int, Ge(1)] = 512
     """images a step over all ranks together"""
+    accumulate: Annotated[int, Ge(1)] = 1
+    """parts that each rank's share of a batch goes through the networks in, one after another: for a small GPU. Batch
+    norms see a part at a time; loss, centre and gradients are those of the whole batch"""
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """of the forward and backward passes; weights and updates are fp32"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU where there is one"""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """network that is trained, from torchvision"""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on a GPU"""
+    graph: bool = False
+    """record the step as a CUDA graph and replay it: for one GPU and small batches, where launching takes longer than
+    computing. Not measured yet"""
     log_every: Annotated[int, Ge(1)] = 50
     """steps between entries in the metrics"""
     accept_changes: bool = False
@@ -82,7 +90,7 @@ class Recipe:
 
 # Settings that may differ between the sittings of one run: they change where and how it runs, not what comes out.
 FREE_TO_CHANGE = (
-    "output", "max_steps", "device", "log_every", "accept_changes", "checkpoint",
+    "output", "max_steps", "device", "compile", "graph", "log_every", "accept_changes", "checkpoint",
     "data.train", "data.threads", "data.prefetch", "data.max_bad_samples", "data.timeout", "data.hw_decoder_load",
     "data.size_hint", "data.cache", "data.cache_bytes",
 )  # fmt: skip

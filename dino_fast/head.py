@@ -36,7 +36,7 @@ class WeightNormLinear(nn.Module):
     """x · Wᵀ, each row of W being `weight_g` · `weight_v` / ‖`weight_v`‖ (Salimans & Kingma 2016), without a bias.
 
     weight_v: [out, in], weight_g: [out, 1]. `torch.nn.utils.weight_norm` does the same through hooks that break under
-    compilation; this is plain arithmetic with the same state.
+    compilation; this is its operation alone, with the same state.
     """
 
     def __init__(self, in_features: int, out_features: int, learn_lengths: bool) -> None:
@@ -47,8 +47,8 @@ class WeightNormLinear(nn.Module):
 
     def weight(self) -> Tensor:
         """The rows in use, [out, in], in float32 or better whatever the parameters are held in."""
-        v = self.weight_v.to(torch.promote_types(self.weight_v.dtype, torch.float32))
-        return v * (self.weight_g / torch.linalg.vector_norm(v, dim=1, keepdim=True))
+        dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
+        return torch._weight_norm(self.weight_v.to(dtype), self.weight_g.to(dtype), 0)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [N, in] → [N, out]; float16 under float16 autocast, otherwise float32 or better.

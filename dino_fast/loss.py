@@ -1,7 +1,7 @@
 """The DINO loss and the centre of the teacher's outputs (`DINOLoss` in facebookresearch/dino `main_dino.py`)."""
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,40 @@ class LossRecipe:
     """share of the centre that one step keeps"""
 
 
+class Objective(NamedTuple):
+    """What comes of the two networks' logits."""
+
+    loss: Tensor
+    """scalar, differentiable by the student's logits"""
+    teacher_entropy: Tensor
+    """scalar, in nats"""
+    teacher_mean: Tensor
+    """[1, K], of this rank's rows"""
+
+
+def objective(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float | Tensor,
+    views: int,
+) -> Objective:
+    """`dino_loss`, `teacher_entropy` and `teacher_mean` together, with torch's own operations."""
+    return Objective(
+        dino_loss(student_logits, teacher_logits, center, student_temp, teacher_temp, views),
+        teacher_entropy(teacher_logits, center, teacher_temp),
+        teacher_mean(teacher_logits),
+    )
+
+
 def dino_loss(
-    student_logits: Tensor, teacher_logits: Tensor, center: Tensor, student_temp: float, teacher_temp: float, views: int
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    center: Tensor,
+    student_temp: float,
+    teacher_temp: float | Tensor,
+    views: int,
 ) -> Tensor:
     """The mean, over the 2V − 2 pairs of a teacher view and a different student view, of their cross-entropy.
 
@@ -53,24 +85,38 @@ def dino_loss(
 
 
 @torch.no_grad()
-def teacher_entropy(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+def teacher_entropy(teacher_logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
     """Mean entropy, in nats, of the teacher's targets: a scalar on their device. 0 and ln K are the two collapses."""
     log_q = _teacher_log_probabilities(teacher_logits, center, teacher_temp)
     return -(log_q.exp() * log_q).sum(dim=-1).mean()
 
 
 @torch.no_grad()
-def update_center(center: Tensor, teacher_logits: Tensor, momentum: float) -> None:
-    """Move `center` [1, K] in place towards the mean of the teacher logits [N, K] of all ranks (N equal on each)."""
-    mean = _wide(teacher_logits).mean(dim=0, keepdim=True)
-    if world_size() > 1:
-        dist.all_reduce(mean)
-        mean /= world_size()
-    center.mul_(momentum).add_(mean, alpha=1 - momentum)
+def teacher_mean(teacher_logits: Tensor) -> Tensor:
+    """Mean [1, K] of the teacher logits [N, K] of this rank, in float32 or better."""
+    return _wide(teacher_logits).mean(dim=0, keepdim=True)
+
+
+class CenterUpdate:
+    """Moves `center` [1, K] in place towards the mean of all ranks' teacher means [1, K] (of equally many rows each).
+
+    The ranks' sum is under way from the start; `finish` waits for it (on a GPU its stream does) and moves the centre.
+    """
+
+    def __init__(self, center: Tensor, mean: Tensor, momentum: float) -> None:
+        self._center, self._mean, self._momentum = center, mean, momentum
+        self._sum = dist.all_reduce(mean, async_op=True) if world_size() > 1 else None
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        if self._sum is not None:
+            self._sum.wait()
+            self._mean /= world_size()
+        self._center.mul_(self._momentum).add_(self._mean, alpha=1 - self._momentum)
 
 
 @torch.no_grad()
-def _teacher_log_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float) -> Tensor:
+def _teacher_log_probabilities(teacher_logits: Tensor, center: Tensor, teacher_temp: float | Tensor) -> Tensor:
     return torch.log_softmax((_wide(teacher_logits) - center) / teacher_temp, dim=-1)
 
 

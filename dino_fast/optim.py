@@ -142,5 +142,4 @@ def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
     """teacher · momentum + student · (1 − momentum), parameter by parameter; buffers stay each network's own."""
     averages: list[Tensor] = list(teacher.parameters())
     latest: list[Tensor] = list(student.parameters())
-    torch._foreach_mul_(averages, momentum)
-    torch._foreach_add_(averages, latest, alpha=1 - momentum)
+    torch._foreach_lerp_(averages, latest, 1 - momentum)

@@ -3,8 +3,9 @@
 Nothing in it waits for the device, so that the host runs ahead.
 """
 
+import contextlib
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable
 from itertools import groupby
 from typing import Any, Literal, NamedTuple
 
@@ -15,10 +16,10 @@ from torch.optim import Optimizer
 
 from dino_fast.backbones import build_backbone
 from dino_fast.head import DinoHead, HeadRecipe
-from dino_fast.loss import LossRecipe, dino_loss, teacher_entropy, update_center
-from dino_fast.optim import clip_gradients, ema_update, set_hyper
+from dino_fast.loss import CenterUpdate, LossRecipe, Objective, objective
 from dino_fast.schedules import Hyper
 from dino_fast.sync_batchnorm import convert_sync_batchnorm
+from dino_fast.update import KernelUpdate, LossScale, TorchUpdate, Update
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,7 +66,7 @@ class StepOutput(NamedTuple):
 
 
 class TrainStep:
-    """The state that steps change (networks, centre, optimizer, loss scaler) and the step that changes it."""
+    """The state that steps change (networks, centre, optimizer, loss scale) and the step that changes it."""
 
     def __init__(
         self,
@@ -75,17 +76,32 @@ class TrainStep:
         loss: LossRecipe,
         clip_grad: float = 0.0,
         precision: Precision = "fp32",
+        *,
+        accumulate: int = 1,
+        kernels: bool = False,
     ) -> None:
         """student and teacher: on their device, from `build_student_teacher`; optimizer: from `build_optimizer`.
 
         "fp32" runs in the networks' own type; "bf16" and "fp16" autocast on their device, "fp16" with loss scaling.
+        `accumulate` parts of a batch go through the networks one after another: batch norms see a part, loss, centre
+        and gradients are those of the batch. `kernels`: loss and update by Triton instead of torch's own operations.
         """
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
-        self.loss, self.clip_grad, self.precision = loss, clip_grad, precision
+        self.loss, self.precision, self.accumulate = loss, precision, accumulate
         prototypes = teacher.head.last_layer.weight_g
         self.center = prototypes.new_zeros(1, len(prototypes))  # [1, K]
-        # The scaler reads from the device whether the gradients were finite: the one wait in an fp16 step.
-        self.scaler = torch.amp.GradScaler(self.center.device.type, enabled=precision == "fp16")
+        self.forget_gradients = True  # between steps; False: their memory stays where it is
+        self.loss_scale = LossScale(self.center.device) if precision == "fp16" else None
+        frozen = self.bare_student.head.last_layer.parameters()
+        ends = optimizer, self.bare_student, teacher, clip_grad, frozen
+        self.objective: Callable[..., Any]
+        self.update: Update
+        if kernels:
+            from dino_fast.kernels.dino_loss import fused_dino_loss
+
+            self.objective, self.update = fused_dino_loss, KernelUpdate(*ends)
+        else:
+            self.objective, self.update = objective, TorchUpdate(*ends)
 
     @property
     def bare_student(self) -> MultiCropModel:
@@ -93,47 +109,65 @@ class TrainStep:
         return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
 
     def __call__(self, globals_: Tensor, locals_: Tensor | None, hyper: Hyper) -> StepOutput:
-        """One update. globals_: [2·B, 3, G, G], locals_: [n·B, 3, L, L] or None, both view-major."""
+        """One update. globals_: [2·B, 3, G, G], locals_: [n·B, 3, L, L] or None, both view-major.
+
+        Raises ValueError where B is not a multiple of the parts.
+        """
+        return self.run(globals_, locals_, self.settings(hyper))
+
+    def settings(self, hyper: Hyper) -> Any:
+        """`hyper` in the form that `run` takes: on the device, where kernels do the work."""
+        return self.update.settings(hyper)
+
+    def run(self, globals_: Tensor, locals_: Tensor | None, settings: Any) -> StepOutput:
+        """One update, as `__call__`. With kernels it launches work only, so that a CUDA graph can record it."""
+        parts = split_batch(globals_, locals_, self.accumulate)
+        self.optimizer.zero_grad(set_to_none=self.forget_gradients)
+        found: list[Objective] = []
+        for number, part in enumerate(parts, 1):
+            last = number == len(parts)
+            with contextlib.nullcontext() if last else self._apart():
+                found.append(self._forward(*part, settings.teacher_temp))
+                if last:  # the ranks' sum runs beside the backward pass
+                    mean = torch.stack([one.teacher_mean for one in found]).mean(0)
+                    center = CenterUpdate(self.center, mean, self.loss.center_momentum)
+                self._backward(found[-1].loss / len(parts))
+        center.finish()
+        grad_norm = self.update(settings, self.loss_scale)
+        loss = torch.stack([one.loss.detach() for one in found]).mean()
+        return StepOutput(loss, torch.stack([one.teacher_entropy for one in found]).mean(), grad_norm)
+
+    def _apart(self) -> contextlib.AbstractContextManager[None]:
+        """Gradients stay this rank's own: they are averaged over the ranks with the last part's."""
+        if isinstance(self.student, DistributedDataParallel):
+            return self.student.no_sync()
+        return contextlib.nullcontext()
+
+    def _forward(self, globals_: Tensor, locals_: Tensor | None, teacher_temp: float | Tensor) -> Objective:
         with self._autocast():
             with torch.no_grad():
                 teacher_logits = self.teacher([globals_])
             student_logits = self.student([globals_] if locals_ is None else [globals_, locals_])
         views = 2 * len(student_logits) // len(teacher_logits)
-        loss = dino_loss(student_logits, teacher_logits, self.center, self.loss.student_temp, hyper.teacher_temp, views)
-        entropy = teacher_entropy(teacher_logits, self.center, hyper.teacher_temp)
-        update_center(self.center, teacher_logits, self.loss.center_momentum)
-        grad_norm = self._backward(loss)
-        self._update(hyper)
-        return StepOutput(loss.detach(), entropy, grad_norm)
+        found = self.objective(student_logits, teacher_logits, self.center, self.loss.student_temp, teacher_temp, views)
+        return Objective(*found)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
 
     def _autocast(self) -> torch.autocast:
         dtype = _AUTOCAST.get(self.precision, torch.bfloat16)
         return torch.autocast(self.center.device.type, dtype=dtype, enabled=self.precision in _AUTOCAST)
 
-    def _backward(self, loss: Tensor) -> Tensor:
-        """Leave clipped gradients in the student; returns their norm before clipping."""
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.unscale_(self.optimizer)
-        return clip_gradients(self.student.parameters(), self.clip_grad)
-
-    def _update(self, hyper: Hyper) -> None:
-        """Move the student by its gradients, then the teacher towards it."""
-        if hyper.freeze_last_layer:
-            _drop_gradients(self.bare_student.head.last_layer.parameters())
-        set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        ema_update(self.teacher, self.student, hyper.momentum)
-
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs from the step, the same with and without DistributedDataParallel."""
+        """All that a resumed run needs from the step, the same with and without DistributedDataParallel, with torch's
+        operations and with kernels."""
         return {
             "student": self.bare_student.state_dict(),
             "teacher": self.teacher.state_dict(),
             "center": self.center,
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "scaler": {} if self.loss_scale is None else self.loss_scale.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -142,15 +176,28 @@ class TrainStep:
         self.teacher.load_state_dict(state["teacher"])
         self.center.copy_(state["center"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:  # empty from a run without loss scaling
-            self.scaler.load_state_dict(state["scaler"])
+        if self.loss_scale is not None and state["scaler"]:  # empty from a run without loss scaling
+            self.loss_scale.load_state_dict(state["scaler"])
+        self.update.loaded()
+
+
+def split_batch(globals_: Tensor, locals_: Tensor | None, parts: int) -> list[tuple[Tensor, Tensor | None]]:
+    """A batch [2·B, …] and [n·B, …], view-major, in `parts` of B / parts images each, view-major too.
+
+    Raises ValueError where B is not a multiple.
+    """
+    if parts == 1:
+        return [(globals_, locals_)]
+    batch = len(globals_) // 2
+    if batch % parts:
+        raise ValueError(f"{batch} images do not divide into {parts} parts")
+
+    def of(views: Tensor, number: int) -> Tensor:
+        mine = slice(number * batch // parts, (number + 1) * batch // parts)
+        return torch.cat([view[mine] for view in views.split(batch)])
+
+    return [(of(globals_, part), None if locals_ is None else of(locals_, part)) for part in range(parts)]
 
 
 def _joined(tensors: list[Tensor]) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)  # cat copies even a single one
-
-
-def _drop_gradients(parameters: Iterable[Tensor]) -> None:
-    """Without a gradient, rather than with a zero one, a tensor gets neither weight decay nor momentum."""
-    for parameter in parameters:
-        parameter.grad = None

@@ -8,6 +8,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 import torch.distributed as dist
 
 from dino_fast import checkpoint
+from dino_fast.compiled import compile_backbones, why_not
 from dino_fast.config import Recipe, UsageError, differences, read_recipe, with_defaults
 from dino_fast.distributed import Ranks, join, parallel
+from dino_fast.graphed import GraphedStep
 from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
 from dino_fast.schedules import Schedules, scaled_lr
@@ -44,6 +47,8 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
 
     # ---- Networks, optimizer, schedules
     step = build_step(recipe, ranks)
+    compiling = compile_step(recipe, ranks, step)
+    run_step = recorded(recipe, ranks, step)
     schedules = Schedules(
         recipe.optim,
         recipe.loss,
@@ -63,11 +68,11 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
         output, ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start, stop=stop,
         log_every=recipe.log_every,
     ) as monitor:  # fmt: skip
-        for note in [*notes, *loader.notes]:
+        for note in [*notes, *compiling, *loader.notes]:
             monitor.say(note)
         for batch in loader.batches(start, stop):
             at = schedules.at(batch.step)
-            out = step(batch.globals, batch.locals, at)
+            out = run_step(batch.globals, batch.locals, at)
             monitor.tick(batch.step, at, out, loader)
             done = batch.step + 1
             if ranks.first and (done % every == 0 or done == stop or (milestone and done % milestone == 0)):
@@ -84,16 +89,48 @@ def claimed(recipe: Recipe, ranks: Ranks) -> contextlib.AbstractContextManager[N
     return locked(Path(recipe.output), "another run is writing into it; wait, or choose another --output")
 
 
-def build_step(recipe: Recipe, ranks: Ranks) -> TrainStep:
-    """Student, teacher and optimizer on this rank's device; the first weights depend on the seed alone."""
+def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None) -> TrainStep:
+    """Student, teacher and optimizer on this rank's device; the first weights depend on the seed alone.
+
+    `kernels` are those of `TrainStep`; None: on a GPU, where Triton is installed.
+
+    Raises UserError for a batch that does not divide into ranks and parts.
+    """
+    if recipe.batch_size % (ranks.world * recipe.accumulate):
+        raise UserError(
+            f"--batch_size {recipe.batch_size} does not divide into {ranks.world} ranks with --accumulate "
+            f"{recipe.accumulate} parts each: choose one that does"
+        )
     torch.manual_seed(recipe.seed)
     student, teacher = build_student_teacher(recipe.backbone, recipe.head)
     student.to(ranks.device)
     teacher.to(ranks.device)
     optimizer = build_optimizer(recipe.optim, student)
+    if kernels is None:
+        kernels = ranks.device.type == "cuda" and find_spec("triton") is not None
     return TrainStep(
-        parallel(student, ranks), teacher, optimizer, recipe.loss, recipe.optim.clip_grad, recipe.precision
-    )
+        parallel(student, ranks), teacher, optimizer, recipe.loss, recipe.optim.clip_grad, recipe.precision,
+        accumulate=recipe.accumulate, kernels=kernels,
+    )  # fmt: skip
+
+
+def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
+    """Have the backbones compiled if the recipe says so and it is possible; what to tell."""
+    if recipe.compile == "off" or (recipe.compile == "auto" and ranks.device.type == "cpu"):
+        return []
+    if problem := why_not(ranks.device):
+        return [f"not compiled, which costs speed: {problem}"]
+    compile_backbones(step)
+    return []
+
+
+def recorded(recipe: Recipe, ranks: Ranks, step: TrainStep) -> TrainStep | GraphedStep:
+    """The step, as a CUDA graph where the recipe asks for it. UserError where that is not possible."""
+    if not recipe.graph:
+        return step
+    if ranks.device.type != "cuda" or ranks.world > 1:
+        raise UserError("--graph true: a step is recorded on one GPU only, without other ranks; leave it out")
+    return GraphedStep(step)
 
 
 def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> tuple[int, list[str]]:

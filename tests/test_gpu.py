@@ -9,6 +9,14 @@ import torch
 from PIL import Image
 
 from dino_fast import checkpoint
+from dino_fast.compiled import compile_backbones
+from dino_fast.graphed import WARM_UP, GraphedStep
+from dino_fast.head import HeadRecipe
+from dino_fast.loss import LossRecipe, objective
+from dino_fast.optim import OptimRecipe, build_optimizer
+from dino_fast.schedules import Hyper
+from dino_fast.step import Precision, TrainStep, build_student_teacher
+from dino_fast.train import DTYPES
 from dino_fast.train import main as train
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe, Loader
@@ -201,3 +209,89 @@ def test_the_triton_kernel_does_not_wait_for_the_gpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
+
+
+HEAD = HeadRecipe(out_dim=4096, hidden_dim=256, bottleneck_dim=64)
+
+
+def train_step(precision: Precision, name: str = "sgd", **options) -> TrainStep:
+    torch.manual_seed(0)
+    student, teacher = (network.cuda() for network in build_student_teacher("resnet18", HEAD))
+    return TrainStep(
+        student, teacher, build_optimizer(OptimRecipe(name=name), student), LossRecipe(), 3.0, precision, **options
+    )
+
+
+def step_batch(number: int, precision: Precision = "fp32", batch: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(number)
+    views = torch.randn(2 * batch, 3, 96, 96), torch.randn(4 * batch, 3, 48, 48)
+    return tuple(x.to("cuda", DTYPES[precision], memory_format=torch.channels_last) for x in views)
+
+
+def step_hyper(number: int) -> Hyper:
+    return Hyper(0.02 / (1 + number), 1e-4, 0.99, 0.04 + 0.01 * number, freeze_last_layer=number == 1)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_step_with_kernels_is_one_with_torchs_operations(precision: Precision, name: str):
+    ours, reference = train_step(precision, name, kernels=True), train_step(precision, name)
+    for number in range(4):
+        batch, hyper = step_batch(number, precision), step_hyper(number)
+        mine, theirs = ours(*batch, hyper), reference(*batch, hyper)
+        for figure, expected in zip(mine, theirs, strict=True):
+            assert float(figure) == pytest.approx(float(expected), rel=0.02 if number else 1e-3)
+    assert ours.state_dict()["optimizer"]["param_groups"]
+    again = train_step(precision, name)
+    again.load_state_dict(ours.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_step_does_not_wait_for_the_gpu(precision: Precision, compiled: bool):
+    step = train_step(precision, kernels=True)
+    if compiled:
+        compile_backbones(step)
+    batch = step_batch(0, precision)
+    for number in range(3):
+        step(*batch, step_hyper(number))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for number in range(3):
+            out = step(*batch, step_hyper(number))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert out.loss.isfinite()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_recorded_step_is_the_step(precision: Precision):
+    plain, graphed = train_step(precision, kernels=True), GraphedStep(train_step(precision, kernels=True))
+    for number in range(WARM_UP + 4):
+        batch, hyper = step_batch(number, precision), step_hyper(number)
+        mine, theirs = graphed(*batch, hyper), plain(*batch, hyper)
+        assert float(mine.loss) == pytest.approx(float(theirs.loss), rel=0.03)
+        assert float(mine.grad_norm) == pytest.approx(float(theirs.grad_norm), rel=0.2)
+
+
+def test_the_fused_loss_is_the_reference_at_full_width():
+    from dino_fast.kernels.dino_loss import fused_dino_loss
+
+    views, batch, width = 8, 16, 65536
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)):
+        student = (torch.rand(views * batch, width, device="cuda") * 2 - 1).to(dtype)
+        teacher = (torch.rand(2 * batch, width, device="cuda") * 2 - 1).to(dtype)
+        center = torch.rand(1, width, device="cuda") * 0.1
+        wide = student.double().requires_grad_()
+        expected = objective(wide, teacher.double(), center.double(), 0.1, 0.04, views)
+        expected.loss.backward()
+        given = student.clone().requires_grad_()
+        found = fused_dino_loss(given * 1, teacher, center, 0.1, torch.tensor([0.04], device="cuda"), views)
+        found.loss.backward()
+        assert float(found.loss) == pytest.approx(float(expected.loss), rel=1e-5)
+        assert float(found.teacher_entropy) == pytest.approx(float(expected.teacher_entropy), rel=1e-4)
+        torch.testing.assert_close(found.teacher_mean.double(), expected.teacher_mean, rtol=1e-4, atol=1e-6)
+        assert (given.grad.double() - wide.grad).norm() < tolerance * wide.grad.norm()

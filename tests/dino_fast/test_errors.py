@@ -47,6 +47,19 @@ def test_wrong_settings(refused, tmp_path: Path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_parts_and_recordings_that_cannot_be(refused):
+    assert "--accumulate 3 parts each" in refused("--accumulate", "3")
+    assert "--graph true: a step is recorded on one GPU only" in refused("--graph", "true", "--device", "cpu")
+
+
+def test_without_a_compiler_the_run_goes_on_and_says_so_once(
+    train_here, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("dino_fast.train.why_not", lambda device: "no C++ compiler")
+    assert train_here(tmp_path / "run", "--max_steps", "2", "--compile", "on", "--accumulate", "2") == 0
+    assert capsys.readouterr().out.count("not compiled, which costs speed: no C++ compiler") == 1
+
+
 def test_a_gpu_that_is_not_there(refused):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

@@ -22,6 +22,7 @@ from dino_fast.loss import LossRecipe
 from dino_fast.optim import OptimRecipe, build_optimizer
 from dino_fast.schedules import Schedules
 from dino_fast.step import TrainStep, build_student_teacher
+from tests.interpreted import kernels
 
 RUNS = json.loads((Path(__file__).parents[1] / "golden" / "reference_steps.json").read_text())
 
@@ -80,7 +81,9 @@ def _schedules(config: dict[str, Any]) -> Schedules:
     return Schedules(optim, loss, config["lr"], config["epochs"], config["steps_per_epoch"])
 
 
-def _train_step(config: dict[str, Any], schedules: Schedules) -> TrainStep:
+def _train_step(
+    config: dict[str, Any], schedules: Schedules, dtype: torch.dtype = torch.float64, **options: Any
+) -> TrainStep:
     head = HeadRecipe(
         out_dim=config["out_dim"],
         batch_norm=config["use_bn_in_head"],
@@ -89,9 +92,9 @@ def _train_step(config: dict[str, Any], schedules: Schedules) -> TrainStep:
     student, teacher = build_student_teacher(config["arch"], head)
     for network in (student, teacher):
         # The float64 convolutions of the CPU take 1.5 times as long channels-last.
-        _fill(network.double().to(memory_format=torch.contiguous_format))
+        _fill(network.to(dtype).to(memory_format=torch.contiguous_format))
     optimizer = build_optimizer(schedules.optim, student)
-    return TrainStep(student, teacher, optimizer, schedules.loss, schedules.optim.clip_grad)
+    return TrainStep(student, teacher, optimizer, schedules.loss, schedules.optim.clip_grad, **options)
 
 
 def _fill(network: nn.Module) -> None:
@@ -153,3 +156,28 @@ def test_tensors(replay: Replay, network: str) -> None:
     assert set(tensors) == set(expected)
     for name, tensor in tensors.items():
         _assert_summary(tensor, expected[name], 1e-7, name)
+
+
+@pytest.mark.parametrize(
+    ("run", "steps"),
+    [
+        pytest.param(RUNS[0], 2, id=RUNS[0]["name"]),
+        *(pytest.param(run, 12, id=f"all of {run['name']}", marks=pytest.mark.slow) for run in RUNS),
+    ],
+)
+def test_the_kernels_keep_to_it_in_float32(run: dict[str, Any], steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted, the kernels are slow by the block: a few large ones do here."""
+    kernels("dino_fast.kernels.dino_loss")
+    update = kernels("dino_fast.kernels.update")
+    if not torch.cuda.is_available():
+        for name in ("BLOCK", "CHUNK"):
+            monkeypatch.setattr(update, name, update.tl.constexpr(1 << 16))
+    schedules = _schedules(run["config"])
+    step = _train_step(run["config"], schedules, torch.float32, kernels=True)
+    for t, expected in zip(range(steps), run["steps"], strict=False):
+        globals_, locals_ = (views.float() for views in _inputs(t, run["config"]))
+        out = step(globals_, locals_, schedules.at(t))
+        # Float32's rounding grows from step to step: these batch norms see four pictures.
+        assert out.loss.item() == pytest.approx(expected["loss"], rel=1e-5 * 3**t), t
+        norm = step.center.double().norm().item()
+        assert norm == pytest.approx(expected["center"]["norm"], rel=1e-4 * 3**t), t

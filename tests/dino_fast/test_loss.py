@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dino_fast.loss import dino_loss, teacher_entropy, update_center
+from dino_fast.loss import CenterUpdate, dino_loss, objective, teacher_entropy, teacher_mean
 
 
 def _published(student: Tensor, teacher: Tensor, center: Tensor, ts: float, tt: float, views: int) -> Tensor:
@@ -47,6 +47,14 @@ def test_value_and_gradient_equal_the_published_form(
     expected.backward()
     torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_the_objective_is_all_three() -> None:
+    student, teacher, center = _draw(5, 4, 3, 9)
+    found = objective(student, teacher, center, 0.1, torch.tensor(0.04, dtype=torch.float64), 4)
+    assert torch.equal(found.loss, dino_loss(student, teacher, center, 0.1, 0.04, 4))
+    assert torch.equal(found.teacher_entropy, teacher_entropy(teacher, center, 0.04))
+    assert torch.equal(found.teacher_mean, teacher.mean(0, keepdim=True))
 
 
 def test_gradcheck() -> None:
@@ -88,12 +96,12 @@ def test_entropy_at_both_collapses_and_between() -> None:
 def test_the_centre_is_a_moving_average_in_place() -> None:
     _, teacher, center = _draw(4, 2, 5, 6)
     expected = 0.9 * center + 0.1 * teacher.mean(0, keepdim=True)
-    update_center(center, teacher, 0.9)
+    CenterUpdate(center, teacher_mean(teacher), 0.9).finish()
     torch.testing.assert_close(center, expected, rtol=1e-12, atol=0)
 
 
 def test_a_half_precision_teacher_moves_a_float32_centre() -> None:
     center = torch.zeros(1, 2)
     for _ in range(3):
-        update_center(center, torch.full((4, 2), 0.5, dtype=torch.bfloat16), 0.9)
+        CenterUpdate(center, teacher_mean(torch.full((4, 2), 0.5, dtype=torch.bfloat16)), 0.9).finish()
     torch.testing.assert_close(center, torch.full((1, 2), 0.5 * (1 - 0.9**3)))

@@ -21,10 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_fast.head import HeadRecipe
-from dino_fast.loss import LossRecipe
+from dino_fast.loss import LossRecipe, objective
 from dino_fast.optim import OptimRecipe, build_optimizer
 from dino_fast.schedules import Hyper
-from dino_fast.step import MultiCropModel, Precision, TrainStep, build_student_teacher
+from dino_fast.step import MultiCropModel, Precision, TrainStep, build_student_teacher, split_batch
+from dino_fast.update import LossScale, TorchUpdate
 
 HEAD = HeadRecipe(out_dim=64, hidden_dim=32, bottleneck_dim=16, batch_norm=True)
 HYPER = Hyper(lr=0.05, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
@@ -159,7 +160,8 @@ def test_lower_precision_stays_close_to_float32(precision: Precision, loss: floa
 def _scaled_to_fit(precision: Precision) -> TrainStep:
     """A step whose first loss scale fits these gradients, hundreds in norm; the scaler's own is 65536."""
     step = _step(precision)
-    step.scaler = torch.amp.GradScaler("cpu", init_scale=1024, enabled=precision == "fp16")
+    if precision == "fp16":
+        step.loss_scale = LossScale(torch.device("cpu"), 1024.0)
     return step
 
 
@@ -180,7 +182,8 @@ def test_an_overflowing_float16_step_moves_no_weight_and_halves_the_scale() -> N
     before = [p.detach().clone() for p in step.student.parameters()]
     out = step(*_flat(_crops(0)), HYPER)
     assert not out.grad_norm.isfinite()
-    assert step.scaler.get_scale() == 2**15
+    assert step.loss_scale is not None
+    assert step.loss_scale.scale == 2**15
     assert all(torch.equal(a, b) for a, b in zip(step.student.parameters(), before, strict=True))
 
 
@@ -194,6 +197,68 @@ def test_a_restored_step_goes_on_bit_for_bit(precision: Precision, name: str, tm
     for s in (step, restored):
         s(*_flat(_crops(1)), HYPER)
     torch.testing.assert_close(restored.state_dict(), step.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_channels_last_is_held_at_every_stage(precision: Precision) -> None:
+    step = _step(precision)
+    seen: list[tuple[str, bool]] = []
+
+    def look(name: str) -> Any:
+        def forward(module: nn.Module, inputs: Any, out: Tensor) -> None:
+            seen.append((name, out.is_contiguous(memory_format=torch.channels_last)))
+            if out.requires_grad:
+                out.register_hook(lambda grad: seen.append((f"{name} backward", _channels_last(grad))))
+
+        return forward
+
+    for network, which in ((step.bare_student, "student"), (step.teacher, "teacher")):
+        for stage in ("relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
+            network.backbone.get_submodule(stage).register_forward_hook(look(f"{which} {stage}"))
+    step(*_flat(_crops(0)), HYPER)
+    assert len(seen) == 6 * (2 + 1 + 2)
+    assert [name for name, held in seen if not held] == []
+    for name, p in step.bare_student.named_parameters():
+        assert p.ndim != 4 or (_channels_last(p) and _channels_last(p.grad)), name
+
+
+def _channels_last(x: Tensor | None) -> bool:
+    return x is not None and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_batch_in_parts_has_the_loss_centre_and_gradients_of_all_of_it() -> None:
+    step, twin = _step(dtype=torch.float64), _step(dtype=torch.float64)
+    step.accumulate = 2
+    globals_, locals_ = _crops(0, torch.float64)
+    out = step(*_flat((globals_, locals_)), HYPER)
+    twin.optimizer.zero_grad()
+    found = []
+    for mine in (slice(0, 2), slice(2, 4)):  # batch norms see a part
+        part = _flat((globals_[:, mine], locals_[:, mine]))
+        with torch.no_grad():
+            teacher_logits = twin.teacher([part[0]])
+        found.append(objective(twin.student([*part]), teacher_logits, twin.center, 0.1, HYPER.teacher_temp, 5))
+    loss = (found[0].loss + found[1].loss) / 2
+    loss.backward()
+    TorchUpdate(twin.optimizer, twin.bare_student, twin.teacher, 3.0, [])(HYPER, None)
+    torch.testing.assert_close(out.loss, loss.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(out.teacher_entropy, (found[0].teacher_entropy + found[1].teacher_entropy) / 2)
+    torch.testing.assert_close(step.center, 0.05 * (found[0].teacher_mean + found[1].teacher_mean))
+    torch.testing.assert_close(step.student.state_dict(), twin.student.state_dict(), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(step.teacher.state_dict(), twin.teacher.state_dict(), rtol=1e-9, atol=1e-12)
+
+
+def test_parts_keep_layout_views_and_images() -> None:
+    globals_, locals_ = _crops(1)
+    parts = split_batch(*_flat((globals_, locals_)), 4)
+    assert len(parts) == 4
+    for number, part in enumerate(parts):
+        for views, expected in zip(part, (globals_, locals_), strict=True):
+            assert views is not None
+            torch.testing.assert_close(views, expected[:, number], rtol=0, atol=0)
+            assert _channels_last(views)
+    with pytest.raises(ValueError, match="4 images do not divide into 3 parts"):
+        split_batch(*_flat((globals_, locals_)), 3)
 
 
 def _rank(rank: int, folder: Path) -> None:

@@ -1,9 +1,7 @@
 """The kernel for GPUs against the torch reference on the CPU: interpreted where there is no GPU, else compiled."""
 
-import importlib
 from dataclasses import replace
 from itertools import permutations
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -13,9 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipelines import photometric as ph
+from tests.interpreted import kernels
 from tests.pipelines.pictures import some_pictures
-
-pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ORDERS = np.array(list(permutations(range(4))))
@@ -23,16 +20,7 @@ FACTORS = (0.0, 0.6, 1.0, 1.0, 1.37, 2.0)
 SHIFTS = (-0.5, -0.1, 0.0, 0.04, 0.5)
 SIGMAS = (0.0, 0.0, 0.01, 0.1, 0.9, 2.3)
 
-
-def kernel() -> ModuleType:
-    """Triton decides when a kernel is defined whether it will be interpreted."""
-    with pytest.MonkeyPatch.context() as patch:
-        if DEVICE == "cpu":
-            patch.setenv("TRITON_INTERPRET", "1")
-        return importlib.import_module("pipelines.photometric_triton")
-
-
-fast = kernel()
+fast = kernels("pipelines.photometric_triton")
 
 
 def views_of(batch: int, views: int, side: int, seed: int = 0) -> Tensor:

@@ -1,0 +1,56 @@
+"""A step recorded as a CUDA graph and replayed: for batches so small that the host cannot launch kernels as fast as the
+GPU ends them. Not measured on a GPU yet.
+"""
+
+import torch
+from torch import Tensor
+
+from dino_fast.schedules import Hyper
+from dino_fast.step import StepOutput, TrainStep
+from dino_fast.update import DeviceHyper
+
+WARM_UP = 4  # steps before the recording, in which graphs are compiled, ways are chosen, and state gets its memory
+
+
+class GraphedStep:
+    """Calls like `TrainStep`, on one GPU, with kernels, and batches of one shape.
+
+    The first steps run as they are; then one is recorded, and from there on its launches are replayed with the batch
+    and the settings copied to where it found them.
+    """
+
+    def __init__(self, step: TrainStep) -> None:
+        self._step, self._steps = step, 0
+        step.forget_gradients = False  # a replay finds them where the recording did
+        self._graph = torch.cuda.CUDAGraph()
+        self._side = torch.cuda.Stream()
+        self._inputs: list[Tensor] = []
+        self._output: StepOutput | None = None
+
+    def __call__(self, globals_: Tensor, locals_: Tensor | None, hyper: Hyper) -> StepOutput:
+        """One update. The output is the caller's."""
+        self._steps += 1
+        settings: DeviceHyper = self._step.settings(hyper)
+        if self._steps <= WARM_UP:
+            return self._beside(globals_, locals_, settings)
+        batch = [globals_, *([] if locals_ is None else [locals_]), *settings]
+        if self._output is None:
+            self._output = self._record(batch)
+        for place, value in zip(self._inputs, batch, strict=True):
+            place.copy_(value)
+        self._graph.replay()
+        return StepOutput(*(figure.clone() for figure in self._output))
+
+    def _beside(self, globals_: Tensor, locals_: Tensor | None, settings: DeviceHyper) -> StepOutput:
+        """A step on a stream of its own, as recording asks for."""
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
+            output = self._step.run(globals_, locals_, settings)
+        torch.cuda.current_stream().wait_stream(self._side)
+        return output
+
+    def _record(self, batch: list[Tensor]) -> StepOutput:
+        self._inputs = [value.clone() for value in batch]
+        *crops, values, teacher_temp = self._inputs
+        with torch.cuda.graph(self._graph):
+            return self._step.run(crops[0], crops[1] if len(crops) > 1 else None, DeviceHyper(values, teacher_temp))
