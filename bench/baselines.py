@@ -1,0 +1,217 @@
+"""The training step without anything of ours: what `bench/step.py` measures ours beside.
+
+`Published` works as the published code does (facebookresearch/dino, `main_dino.py`); `Stock` is what someone who knows
+PyTorch makes of it without a kernel of their own. Both start from the weights of a `build_student_teacher` pair. A call
+with globals [2·B, 3, G, G] and locals [n·B, 3, L, L], both view-major, makes one update and returns the loss, a scalar
+on their device. In float32 each equals a step of `TrainStep`. Learning rate and the like, one `Hyper`, stay as given.
+"""
+
+import math
+from itertools import groupby
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+
+from dino_fast.backbones import build_backbone
+from dino_fast.config import Recipe
+from dino_fast.head import DinoHead, HeadRecipe
+from dino_fast.optim import parameter_groups, set_hyper
+from dino_fast.schedules import Hyper
+from dino_fast.step import MultiCropModel
+from dino_fast.sync_batchnorm import world_size
+
+Pair = tuple[MultiCropModel, MultiCropModel]  # student and teacher
+
+
+class Head(nn.Module):
+    """The DINO head with torch's own weight norm: features [N, width] → logits [N, K]."""
+
+    def __init__(self, width: int, recipe: HeadRecipe) -> None:
+        super().__init__()
+        self.mlp = DinoHead(width, recipe).mlp  # torch's linear layers and GELUs
+        self.last_layer = weight_norm(nn.Linear(recipe.bottleneck_dim, recipe.out_dim, bias=False))
+        lengths = self.last_layer.get_parameter("parametrizations.weight.original0")
+        lengths.requires_grad_(not recipe.norm_last_layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+class Network(nn.Module):
+    """torchvision's ResNet, a forward for each resolution, and the head on all of their features together."""
+
+    def __init__(self, backbone: str, head: HeadRecipe) -> None:
+        super().__init__()
+        self.backbone, width = build_backbone(backbone)
+        self.head = Head(width, head)
+
+    def forward(self, crops: list[Tensor]) -> Tensor:
+        """crops: [n_i, 3, H_i, W_i] each → logits [Σ n_i, K], in the same order."""
+        batches = [list(same) for _, same in groupby(crops, key=lambda crop: crop.shape[-1])]
+        features = [self.backbone(batch[0] if len(batch) == 1 else torch.cat(batch)) for batch in batches]
+        return self.head(torch.cat(features))
+
+
+def networks(recipe: Recipe, pair: Pair, device: torch.device, layout: torch.memory_format) -> tuple[Network, Network]:
+    """Student and teacher with the pair's weights, in train mode."""
+    student, teacher = (Network(recipe.backbone, recipe.head) for _ in pair)
+    for network, model in zip((student, teacher), pair, strict=True):
+        network.load_state_dict(model.state_dict())
+        network.to(device).to(memory_format=layout)
+    return student, teacher.requires_grad_(False)
+
+
+class Published:
+    """As published: a list of crops, float16 autocast with loss scaling on a GPU and float32 on a CPU, eager, a
+    log-softmax a pair, a loop over parameters to clip and one to average, and the host waiting in many places.
+
+    With ranks the centre is averaged over them, which blocks; nothing else is.
+    """
+
+    def __init__(self, recipe: Recipe, pair: Pair, hyper: Hyper, device: torch.device) -> None:
+        self.student, self.teacher = networks(recipe, pair, device, torch.contiguous_format)
+        self.recipe, self.hyper, self.device, self.on_gpu = recipe, hyper, device, device.type == "cuda"
+        self.center = torch.zeros(1, recipe.head.out_dim, device=device)
+        self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9)
+        set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=self.on_gpu)
+
+    def __call__(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        batch = len(globals_) // 2
+        crops = [*globals_.split(batch), *locals_.split(batch)]
+        with torch.autocast(self.device.type, torch.float16, enabled=self.on_gpu):
+            teacher_logits = self.teacher(crops[:2])
+            loss = self.loss(self.student(crops), teacher_logits, len(crops))
+        if not math.isfinite(loss.item()):
+            raise FloatingPointError(f"the loss is {loss.item()}")
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.update()
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        loss.item()  # for the log
+        return loss.detach()
+
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor, views: int) -> Tensor:
+        """The mean of the 2V − 2 pairs' cross-entropies, each computed from the logits on. Moves the centre."""
+        predictions = (student_logits / self.recipe.loss.student_temp).chunk(views)
+        targets = torch.softmax((teacher_logits - self.center) / self.hyper.teacher_temp, dim=-1).detach().chunk(2)
+        terms = [
+            (-target * torch.log_softmax(prediction, dim=-1)).sum(dim=-1).mean()
+            for t, target in enumerate(targets)
+            for s, prediction in enumerate(predictions)
+            if s != t
+        ]
+        self.move_center(teacher_logits)
+        return sum(terms[1:], terms[0]) / len(terms)
+
+    @torch.no_grad()
+    def move_center(self, teacher_logits: Tensor) -> None:
+        total = teacher_logits.sum(dim=0, keepdim=True)
+        if world_size() > 1:
+            dist.all_reduce(total)
+        momentum = self.recipe.loss.center_momentum
+        self.center = self.center * momentum + total / (len(teacher_logits) * world_size()) * (1 - momentum)
+
+    def update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        self.clip_gradients()
+        if self.hyper.freeze_last_layer:
+            drop_gradients(self.student.head.last_layer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.move_teacher()
+
+    @torch.no_grad()
+    def clip_gradients(self) -> list[float]:
+        """Each by itself; their norms before, for a log. The host reads each twice, the second time to decide."""
+        norms = []
+        for parameter in self.student.parameters():
+            if parameter.grad is not None:
+                norm = parameter.grad.norm(2)
+                norms.append(norm.item())
+                shrink = self.recipe.optim.clip_grad / (norm + 1e-6)
+                if shrink < 1:
+                    parameter.grad.mul_(shrink)
+        return norms
+
+    @torch.no_grad()
+    def move_teacher(self) -> None:
+        momentum = self.hyper.momentum
+        for average, latest in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
+            average.mul_(momentum).add_((1 - momentum) * latest)
+
+
+class Stock:
+    """Well-tuned stock PyTorch: channels-last, autocast to the recipe's precision, fused SGD, foreach clipping and
+    averaging, one log-softmax a view, and the backbones compiled where `compiled`. The host reads nothing, except for
+    float16's loss scaling.
+
+    Its last layer is torch's linear one and multiplies in bfloat16 under that autocast, which is cheaper and coarser
+    than ours. Clipping and averaging are written out here so that they stay stock, whatever becomes of ours.
+    """
+
+    def __init__(self, recipe: Recipe, pair: Pair, hyper: Hyper, device: torch.device, compiled: bool = False) -> None:
+        self.student, self.teacher = networks(recipe, pair, device, torch.channels_last)
+        self.recipe, self.hyper, self.device = recipe, hyper, device
+        self.center = torch.zeros(1, recipe.head.out_dim, device=device)
+        self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9, fused=True)
+        set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        if compiled:
+            for network in (self.student, self.teacher):
+                network.backbone.compile(dynamic=False)  # a static graph a resolution
+
+    def __call__(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        with self.autocast():
+            with torch.no_grad():
+                teacher_logits = self.teacher([globals_]).float()
+            student_logits = self.student([globals_, locals_]).float()
+        views = 2 * len(student_logits) // len(teacher_logits)
+        loss = self.loss(student_logits, teacher_logits, views)
+        self.center.lerp_(teacher_logits.mean(dim=0, keepdim=True), 1 - self.recipe.loss.center_momentum)
+        self.optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.update()
+        return loss.detach()
+
+    def autocast(self) -> torch.autocast:
+        half = torch.float16 if self.recipe.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, half, enabled=self.recipe.precision != "fp32")
+
+    def loss(self, student_logits: Tensor, teacher_logits: Tensor, views: int) -> Tensor:
+        """All pairs' cross-entropies by one product, less those of a view with itself."""
+        batch = len(teacher_logits) // 2
+        targets = torch.softmax((teacher_logits - self.center) / self.hyper.teacher_temp, dim=-1)
+        log_p = torch.log_softmax(student_logits / self.recipe.loss.student_temp, dim=-1)
+        pairs = torch.einsum("tbk,sbk->bts", targets.view(2, batch, -1), log_p.view(views, batch, -1))
+        same = pairs.diagonal(dim1=1, dim2=2)
+        return (same.sum() - pairs.sum()) / (batch * (2 * views - 2))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.scaler.unscale_(self.optimizer)
+        self.clip_gradients()
+        if self.hyper.freeze_last_layer:
+            drop_gradients(self.student.head.last_layer)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        averages: list[Tensor] = list(self.teacher.parameters())
+        latest: list[Tensor] = list(self.student.parameters())
+        torch._foreach_lerp_(averages, latest, 1 - self.hyper.momentum)
+
+    def clip_gradients(self) -> None:
+        """Each by itself."""
+        grads = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
+        norms = torch.stack(torch._foreach_norm(grads))
+        shrink = (self.recipe.optim.clip_grad / (norms + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(grads, list(shrink.unbind()))
+
+
+def drop_gradients(layer: nn.Module) -> None:
+    """Without a gradient, rather than with a zero one, a tensor gets neither weight decay nor momentum."""
+    for parameter in layer.parameters():
+        parameter.grad = None

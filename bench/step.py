@@ -1,0 +1,369 @@
+"""The training step alone, on random crops in the device's memory: ours beside the published one and stock PyTorch.
+
+    python -m bench.step [--batch 8] [--precision bf16] [--backbone resnet50] [--rounds 5] [--steps 1] [--only ARM ...]
+                         [--profile] [--json bench/results/X.jsonl]
+
+The arms, which take the same recipe (ResNet-50, K = 65536, 2×224 + 6×96 unless asked otherwise) and the same pictures:
+`bench/baselines.py`'s "published", in float16 on a GPU and float32 on a CPU whatever --precision says, and "stock";
+then ours. What cannot run here is left out with a line that says why. Figures of a round, over --steps steps:
+
+- images: a second;
+- step: ms; on a GPU between two events;
+- host: ms until the call of one step returns, the GPU being idle before it (GPU only);
+- compute: TFLOP/s of convolutions and matrix products, counted from the layers (`roofline.flops_an_image`);
+- memory: MB of the GPU's memory that the arm holds at its peak, its pictures included (GPU only);
+- ... roofline: percent of the bounds of `bench/roofline.py`, whose probes run in the same round (ResNet-50 only).
+
+And from one more step under torch's profiler: launches, the kernels of a step (GPU only); with --profile, ms in each
+class of kernels, on a CPU of operators without those that they call. Classes go by names: a compiled kernel that does
+batch norm and more is batch norm, a loop over parameters is pointwise where it multiplies and adds.
+"""
+
+import argparse
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from bench import roofline
+from bench.baselines import Published, Stock
+from bench.timing import interleaved, records, report
+from dino_fast import kernels
+from dino_fast.backbones import BACKBONES
+from dino_fast.compiled import compile_backbones, why_not
+from dino_fast.config import Recipe
+from dino_fast.distributed import Ranks
+from dino_fast.graphed import GraphedStep
+from dino_fast.head import HeadRecipe
+from dino_fast.schedules import Hyper, scaled_lr
+from dino_fast.step import build_student_teacher
+from dino_fast.train import DTYPES, build_step
+from pipelines.crops import CropRecipe
+
+WARM_UP = 10  # steps on a GPU before anything is timed: kernels are chosen and compiled, graphs recorded
+PROBES = "probes"
+CLASSES = ("conv", "batch norm", "pointwise", "matmul", "loss", "update", "copy", "other")
+UNITS = (
+    {"images": "img/s", "step": "ms", "host": "ms", "compute": "TFLOP/s", "memory": "MB", "launches": "kernels"}
+    | {f"{name} roofline": "%" for name in roofline.TRAFFIC}
+    | {f"in {kind}": "ms" for kind in CLASSES}
+    | {"bandwidth": "GB/s"}
+)
+
+Figures = dict[str, float]  # by the names of UNITS
+Step = Callable[[Tensor, Tensor], object]  # on globals [2·B, 3, G, G] and locals [n·B, 3, L, L]
+Views = tuple[Tensor, Tensor]
+
+
+# The arms
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How an arm is made."""
+
+    build: Callable[[Recipe, torch.device], Step]
+    views: Callable[[Recipe, torch.device], Views]
+    lacks: Callable[[torch.device], str | None] = lambda device: None
+    """why it cannot run on a device here; None where it can"""
+
+
+@dataclass
+class Arm:
+    """A step under measurement, with its pictures."""
+
+    step: Step
+    views: Views
+    held: int = 0  # bytes of the GPU's memory between its rounds
+
+    def run(self) -> None:
+        self.step(*self.views)
+
+
+def published(recipe: Recipe, device: torch.device) -> Step:
+    torch.manual_seed(recipe.seed)
+    return Published(recipe, build_student_teacher(recipe.backbone, recipe.head), steady(recipe), device)
+
+
+def stock(recipe: Recipe, device: torch.device, compiled: bool = False) -> Step:
+    torch.manual_seed(recipe.seed)
+    return Stock(recipe, build_student_teacher(recipe.backbone, recipe.head), steady(recipe), device, compiled)
+
+
+def ours(recipe: Recipe, device: torch.device, compiled: bool = False, graphed: bool = False) -> Step:
+    """As train.py builds it."""
+    step = build_step(recipe, Ranks(0, 1, device))
+    if compiled:
+        compile_backbones(step)
+    return partial(GraphedStep(step) if graphed else step, hyper=steady(recipe))
+
+
+def steady(recipe: Recipe) -> Hyper:
+    """The settings of a step after the warm-up and the first epoch."""
+    optim = recipe.optim
+    lr = scaled_lr(optim, recipe.batch_size)
+    return Hyper(lr, optim.weight_decay, optim.ema_momentum, recipe.loss.teacher_temp, freeze_last_layer=False)
+
+
+def plain_views(recipe: Recipe, device: torch.device) -> Views:
+    """Float32, NCHW."""
+    return random_views(recipe, device, torch.float32, torch.contiguous_format)
+
+
+def loader_views(recipe: Recipe, device: torch.device) -> Views:
+    """As our loader makes them: in the run's precision, channels-last."""
+    return random_views(recipe, device, DTYPES[recipe.precision], torch.channels_last)
+
+
+def random_views(recipe: Recipe, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Views:
+    """Globals and locals of noise, the same in every arm: no arm's time depends on what the pictures show."""
+    made, crops, batch = torch.Generator().manual_seed(recipe.seed), recipe.crops, recipe.batch_size
+    globals_ = torch.randn(2 * batch, 3, crops.global_size, crops.global_size, generator=made)
+    locals_ = torch.randn(crops.locals * batch, 3, crops.local_size, crops.local_size, generator=made)
+    return globals_.to(device, dtype, memory_format=layout), locals_.to(device, dtype, memory_format=layout)
+
+
+compiler = cache(why_not)
+
+
+def graphs(device: torch.device) -> str | None:
+    return compiler(device) if device.type == "cuda" else "CUDA graphs need a GPU"
+
+
+KINDS = {
+    "published": Kind(published, plain_views),
+    "stock": Kind(stock, loader_views),
+    "stock-compiled": Kind(partial(stock, compiled=True), loader_views, compiler),
+    "ours": Kind(ours, loader_views),
+    "ours-compiled": Kind(partial(ours, compiled=True), loader_views, compiler),
+    "ours-graphed": Kind(partial(ours, compiled=True, graphed=True), loader_views, graphs),
+}
+
+
+def build_arms(names: list[str], recipe: Recipe, device: torch.device) -> dict[str, Arm]:
+    """Those that can run here, warm. Says why others cannot."""
+    arms = {}
+    for name in names:
+        if lacking := KINDS[name].lacks(device):
+            print(f"left out, {name}: {lacking}")
+        else:
+            arms[name] = build_arm(KINDS[name], recipe, device)
+    return arms
+
+
+def build_arm(kind: Kind, recipe: Recipe, device: torch.device) -> Arm:
+    before = allocated(device)
+    arm = Arm(kind.build(recipe, device), kind.views(recipe, device))
+    if device.type == "cuda":
+        for _ in range(WARM_UP):
+            arm.run()
+        torch.cuda.synchronize()
+    arm.held = allocated(device) - before
+    return arm
+
+
+def allocated(device: torch.device) -> int:
+    """Bytes of the GPU's memory."""
+    return torch.cuda.memory_allocated() if device.type == "cuda" else 0
+
+
+# A round
+
+
+def one_round(arm: Arm, recipe: Recipe, device: torch.device, steps: int) -> Figures:
+    figures = gpu_round(arm, steps) if device.type == "cuda" else cpu_round(arm, steps)
+    images = 1e3 * recipe.batch_size / figures["step"]
+    return figures | {"images": images, "compute": images * roofline.flops_an_image(recipe) / 1e12}
+
+
+def cpu_round(arm: Arm, steps: int) -> Figures:
+    start = time.perf_counter()
+    for _ in range(steps):
+        arm.run()
+    return {"step": 1e3 * (time.perf_counter() - start) / steps}
+
+
+def gpu_round(arm: Arm, steps: int) -> Figures:
+    """Memory is counted without what the other arms hold."""
+    others = torch.cuda.memory_allocated() - arm.held
+    torch.cuda.reset_peak_memory_stats()
+    host = host_time(arm)
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    for _ in range(steps):
+        arm.run()
+    end.record()
+    end.synchronize()
+    arm.held = torch.cuda.memory_allocated() - others
+    memory = (torch.cuda.max_memory_allocated() - others) / 1e6
+    return {"step": start.elapsed_time(end) / steps, "host": host, "memory": memory}
+
+
+def host_time(arm: Arm) -> float:
+    """ms until the call of a step returns; the GPU is idle before and after."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    arm.run()
+    host = 1e3 * (time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return host
+
+
+def add_shares(rounds: dict[str, list[Figures]], recipe: Recipe) -> None:
+    """Each arm's round against the rooflines by the probes of the same round."""
+    for number, probed in enumerate(rounds[PROBES]):
+        bounds = roofline.lines(probed, recipe)
+        for figures in (found[number] for name, found in rounds.items() if name != PROBES):
+            figures |= {f"{name} roofline": 100 * figures["images"] / bound for name, bound in bounds.items()}
+
+
+# Kernels and their classes
+
+# The first match wins. The names are those of cuDNN, cuBLAS, CUTLASS, ATen and Inductor on a GPU, of ATen's operators
+# on a CPU.
+RULES = [
+    ("update", r"multi_tensor|foreach|fused_sgd|optimizer|NormTwoOps|vector_norm"),
+    ("loss", r"softmax"),
+    ("batch norm", r"batch_?norm|\bbn_[fb]w|bn_stats"),
+    ("pointwise", r"triton_(poi|red|per)"),
+    ("copy", r"mem(cpy|set)|copy|nchwto|nhwcto|transpose|cat\b|catarray|fill|zero_"),
+    ("conv", r"conv(?!ert)|fprop|dgrad|wgrad|winograd|cudnn"),
+    ("matmul", r"gemm|gemv|nvjet|cutlass|cublas|splitk|::(add)?mm\b|::bmm|::linear"),
+    ("pointwise", r"elementwise|relu|gelu|threshold|::(add|sub|mul|div|exp|neg|clamp_min)_?\b"),
+]
+
+
+def kernel_class(name: str) -> str:
+    """One of CLASSES."""
+    if name in our_kernels():
+        return our_kernels()[name]
+    return next((kind for kind, rule in RULES if re.search(rule, name, re.IGNORECASE)), "other")
+
+
+@cache
+def our_kernels() -> dict[str, str]:
+    """The classes of our own kernels by the names of their functions, which launches go by."""
+    files = {"dino_loss": "loss", "update": "update"}
+    return {
+        name: files.get(file.stem, "other")
+        for file in Path(kernels.__file__).parent.glob("*.py")
+        for name in re.findall(r"^@triton\.jit.*\ndef (\w+)", file.read_text(), re.MULTILINE)
+    }
+
+
+def events(arm: Arm, device: torch.device) -> list[tuple[str, float]]:
+    """(name, ms) of all that one step runs: on a GPU kernels and copies, else operators without those they call."""
+    gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as found:
+        arm.run()
+        if gpu:
+            torch.cuda.synchronize()
+    if not gpu:
+        return [(event.name, event.self_cpu_time_total / 1e3) for event in found.events()]
+    on_gpu = [event for event in found.events() if event.device_type.name == "CUDA"]
+    # Annotations span kernels, and would count them twice.
+    return [(event.name, event.time_range.elapsed_us() / 1e3) for event in on_gpu if not event.is_user_annotation]
+
+
+def extra_step(arm: Arm, device: torch.device, by_class: bool) -> Figures:
+    """The figures that take the profiler."""
+    found, figures = events(arm, device), {}
+    if device.type == "cuda":
+        figures["launches"] = float(sum(not re.match("mem(cpy|set)", name, re.IGNORECASE) for name, _ in found))
+    return figures | (class_times(found) if by_class else {})
+
+
+def class_times(found: list[tuple[str, float]]) -> Figures:
+    """ms in each class, from (name, ms)."""
+    times = {f"in {kind}": 0.0 for kind in CLASSES}
+    for name, ms in found:
+        times[f"in {kernel_class(name)}"] += ms
+    return times
+
+
+# The run
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Those that make the recipe, and how often it is run."""
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--batch", type=int, default=128 if gpu else 8, help="images a step")
+    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
+    parser.add_argument("--global_size", type=int, default=224, help="pixels")
+    parser.add_argument("--local_size", type=int, default=96, help="pixels")
+    parser.add_argument("--locals", type=int, default=6, help="views, at least 1")
+    parser.add_argument("--prototypes", type=int, default=65536, help="K")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=20 if gpu else 1, help="of a round")
+    parser.add_argument("--json", type=Path)
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    if options.locals < 1:
+        raise SystemExit("--locals: expected at least 1")
+    return Recipe(
+        batch_size=options.batch,
+        precision=options.precision,
+        backbone=options.backbone,
+        crops=CropRecipe(
+            options.global_size, (0.14, 1.0), options.local_size, local_scale=(0.05, 0.14), locals=options.locals
+        ),
+        head=HeadRecipe(out_dim=options.prototypes),
+    )
+
+
+def choose_device(precision: str = "bf16") -> torch.device:
+    """The GPU where there is one, set as train.py sets it for a precision."""
+    torch.backends.cudnn.benchmark = True
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if precision != "fp32":
+        torch.set_float32_matmul_precision("high")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def described(recipe: Recipe, device: torch.device) -> str:
+    """The recipe in one line."""
+    crops, where = recipe.crops, "the GPU" if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+    return (
+        f"{recipe.backbone}, 2×{crops.global_size} + {crops.locals}×{crops.local_size}, K = {recipe.head.out_dim}, "
+        f"batches of {recipe.batch_size}, {recipe.precision} on {where}: "
+        f"{roofline.flops_an_image(recipe) / 1e9:.1f} GFLOP an image"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    parser.add_argument("--only", nargs="+", metavar="ARM", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--profile", action="store_true", help="ms in each class of kernels, from one more step")
+    options = parser.parse_args()
+    recipe, device = recipe_of(options), choose_device(options.precision)
+    arms = build_arms(options.only, recipe, device)
+    timed = {name: partial(one_round, arm, recipe, device, options.steps) for name, arm in arms.items()}
+    bounded = recipe.backbone == roofline.BACKBONE
+    if bounded:
+        timed[PROBES] = partial(roofline.probes, device, DTYPES[recipe.precision])
+    else:
+        print(f"left out, rooflines: the traffic of {recipe.backbone} is not known")
+    rounds = interleaved(timed, options.rounds)
+    if bounded:
+        add_shares(rounds, recipe)
+        rounds |= roofline.as_arms(rounds[PROBES], recipe)
+    print(described(recipe, device))
+    rows = records("step", UNITS, rounds)
+    if options.profile or device.type == "cuda":
+        rows += records("step", UNITS, {name: [extra_step(arm, device, options.profile)] for name, arm in arms.items()})
+    report(rows, options.json)
+
+
+if __name__ == "__main__":
+    main()
