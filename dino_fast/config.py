@@ -70,7 +70,7 @@ class Recipe:
     """auto: the GPU where there is one"""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """network that is trained, from torchvision"""
-    compile: Literal["auto", "on", "off"] = "auto"
+    compile: Literal["auto", "always", "never"] = "auto"
     """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on a GPU"""
     graph: bool = False
     """record the step as a CUDA graph and replay it: for one GPU and small batches, where launching takes longer than

@@ -116,7 +116,7 @@ def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None) -> 
 
 def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
     """Have the backbones compiled if the recipe says so and it is possible; what to tell."""
-    if recipe.compile == "off" or (recipe.compile == "auto" and ranks.device.type == "cpu"):
+    if recipe.compile == "never" or (recipe.compile == "auto" and ranks.device.type == "cpu"):
         return []
     if problem := why_not(ranks.device):
         return [f"not compiled, which costs speed: {problem}"]

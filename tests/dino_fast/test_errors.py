@@ -56,7 +56,7 @@ def test_without_a_compiler_the_run_goes_on_and_says_so_once(
     train_here, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("dino_fast.train.why_not", lambda device: "no C++ compiler")
-    assert train_here(tmp_path / "run", "--max_steps", "2", "--compile", "on", "--accumulate", "2") == 0
+    assert train_here(tmp_path / "run", "--max_steps", "2", "--compile", "always", "--accumulate", "2") == 0
     assert capsys.readouterr().out.count("not compiled, which costs speed: no C++ compiler") == 1
 
 
