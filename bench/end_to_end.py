@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     add_arguments(parser)
     parser.set_defaults(steps=50 if torch.cuda.is_available() else 10)
-    parser.add_argument("--arm", choices=FEEDABLE, default="ours")
+    parser.add_argument("--arm", choices=FEEDABLE, default="ours-compiled" if torch.cuda.is_available() else "ours")
     options = parser.parse_args()
     recipe, device = recipe_of(options), choose_device(options.precision)
     if lacking := KINDS[options.arm].lacks(device):

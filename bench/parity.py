@@ -105,8 +105,7 @@ def curves(recipe: Recipe, index: ShardIndex, device: torch.device, steps: int) 
     """By arm, the mean loss at the end."""
     precisions: tuple[Precision, ...] = ("fp32", *LOWER)
     arms: dict[str, list[float]] = {
-        precision: last_losses(replace(recipe, precision=precision), index, device, steps)
-        for precision in precisions
+        precision: last_losses(replace(recipe, precision=precision), index, device, steps) for precision in precisions
     }
     for seed in (1, 2):
         exact = replace(recipe, precision="fp32", seed=seed)

@@ -31,26 +31,31 @@ class GraphedStep:
         """One update. The output is the caller's."""
         self._steps += 1
         settings: DeviceHyper = self._step.settings(hyper)
+        self._bring([globals_, *([] if locals_ is None else [locals_]), *settings])
         if self._steps <= WARM_UP:
-            return self._beside(globals_, locals_, settings)
-        batch = [globals_, *([] if locals_ is None else [locals_]), *settings]
+            return self._beside()
         if self._output is None:
-            self._output = self._record(batch)
-        for place, value in zip(self._inputs, batch, strict=True):
-            place.copy_(value)
+            # The loader's threads go on allocating meanwhile, which is none of the recording's business.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                self._output = self._run()
         self._graph.replay()
         return StepOutput(*(figure.clone() for figure in self._output))
 
-    def _beside(self, globals_: Tensor, locals_: Tensor | None, settings: DeviceHyper) -> StepOutput:
+    def _bring(self, values: list[Tensor]) -> None:
+        """Batch and settings to where the step reads them, from its first run on: kernels are compiled for places."""
+        if not self._inputs:
+            self._inputs = [value.clone() for value in values]
+        for place, value in zip(self._inputs, values, strict=True):
+            place.copy_(value)
+
+    def _run(self) -> StepOutput:
+        *crops, values, teacher_temp = self._inputs
+        return self._step.run(crops[0], crops[1] if len(crops) > 1 else None, DeviceHyper(values, teacher_temp))
+
+    def _beside(self) -> StepOutput:
         """A step on a stream of its own, as recording asks for."""
         self._side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._side):
-            output = self._step.run(globals_, locals_, settings)
+            output = self._run()
         torch.cuda.current_stream().wait_stream(self._side)
         return output
-
-    def _record(self, batch: list[Tensor]) -> StepOutput:
-        self._inputs = [value.clone() for value in batch]
-        *crops, values, teacher_temp = self._inputs
-        with torch.cuda.graph(self._graph):
-            return self._step.run(crops[0], crops[1] if len(crops) > 1 else None, DeviceHyper(values, teacher_temp))

@@ -94,7 +94,7 @@ class TrainStep:
         self.loss_scale = LossScale(self.center.device) if precision == "fp16" else None
         frozen = self.bare_student.head.last_layer.parameters()
         ends = optimizer, self.bare_student, teacher, clip_grad, frozen
-        self.objective: Callable[..., Any]
+        self.objective: Callable[..., Objective]
         self.update: Update
         if kernels:
             from dino_fast.kernels.dino_loss import fused_dino_loss
@@ -149,8 +149,7 @@ class TrainStep:
                 teacher_logits = self.teacher([globals_])
             student_logits = self.student([globals_] if locals_ is None else [globals_, locals_])
         views = 2 * len(student_logits) // len(teacher_logits)
-        found = self.objective(student_logits, teacher_logits, self.center, self.loss.student_temp, teacher_temp, views)
-        return Objective(*found)
+        return self.objective(student_logits, teacher_logits, self.center, self.loss.student_temp, teacher_temp, views)
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()

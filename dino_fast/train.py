@@ -24,6 +24,7 @@ from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
 from dino_fast.schedules import Schedules, scaled_lr
 from dino_fast.step import TrainStep, build_student_teacher
+from dino_fast.update import KernelUpdate
 from pipelines.loader import Loader, open_index
 from shards.errors import UserError
 from shards.lock import locked
@@ -121,15 +122,17 @@ def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
     if problem := why_not(ranks.device):
         return [f"not compiled, which costs speed: {problem}"]
     compile_backbones(step)
-    return []
+    return [
+        "the backbones are compiled when they first see a resolution, which takes minutes (--compile never: without)"
+    ]
 
 
 def recorded(recipe: Recipe, ranks: Ranks, step: TrainStep) -> TrainStep | GraphedStep:
     """The step, as a CUDA graph where the recipe asks for it. UserError where that is not possible."""
     if not recipe.graph:
         return step
-    if ranks.device.type != "cuda" or ranks.world > 1:
-        raise UserError("--graph true: a step is recorded on one GPU only, without other ranks; leave it out")
+    if not isinstance(step.update, KernelUpdate) or ranks.device.type != "cuda" or ranks.world > 1:
+        raise UserError("--graph true: that takes one GPU, no other ranks, and Triton; leave it out")
     return GraphedStep(step)
 
 
@@ -170,12 +173,15 @@ def newest(output: Path) -> tuple[dict[str, Any], list[str]] | None:
 
 
 def require_finite(done: int, step: TrainStep) -> None:
-    """UserError if the student's weights are no numbers any more: they would replace the last good checkpoint."""
-    norms = torch.stack(torch._foreach_norm(list(step.bare_student.parameters())))
-    if not norms.isfinite().all():
+    """UserError if a weight or the centre is no number any more: they would replace the last good checkpoint.
+
+    The centre alone can be, where every gradient since was left out for not being finite.
+    """
+    state = [*step.bare_student.parameters(), *step.teacher.parameters(), step.center]
+    if not torch.stack(torch._foreach_norm(state)).isfinite().all():
         raise UserError(
-            f"the weights after step {done} are not finite: lower --optim.lr, or use --precision bf16 or fp32; the "
-            "last checkpoint is from before"
+            f"the weights or the centre after step {done} are not finite: lower --optim.lr, or use --precision bf16 or "
+            "fp32; the last checkpoint is from before"
         )
 
 
@@ -217,7 +223,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dino-fast train: {what}; mend that, and the same command again goes on", file=sys.stderr)
         return 1
     except torch.OutOfMemoryError:
-        print("dino-fast train: out of GPU memory: lower --batch_size, or use more GPUs", file=sys.stderr)
+        print("dino-fast train: out of GPU memory: pass --accumulate 2 or more, or use more GPUs", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dino-fast train: stopped; the same command again goes on from the last checkpoint", file=sys.stderr)

@@ -21,7 +21,7 @@ class LossScale:
     """The factor on a float16 loss that keeps small gradients from vanishing (Micikevicius et al. 2018).
 
     Halved after a step whose gradients overflowed, doubled after `INTERVAL` steps in a row in which none did. As
-    torch.amp.GradScaler, whose state it reads and writes, but the host never reads it. `scale`: float32 scalar.
+    torch.amp.GradScaler, whose state it reads, but the host never reads the scale. `scale`: float32 scalar.
     """
 
     def __init__(self, device: torch.device, scale: float = 65536.0) -> None:

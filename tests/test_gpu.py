@@ -1,5 +1,6 @@
 """What only a GPU can show. Each test holds the GPU's result against the CPU's."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from dino_fast.schedules import Hyper
 from dino_fast.step import Precision, TrainStep, build_student_teacher
 from dino_fast.train import DTYPES
 from dino_fast.train import main as train
+from dino_fast.update import LossScale
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe, Loader
 from pipelines.photometric import STD, PhotometricRecipe
@@ -103,8 +105,8 @@ def test_batches_come_without_the_host_waiting_for_the_gpu(shards: Path, decode:
         batches = loader.batches(0, 12)
         for _ in range(4):
             next(batches)  # kernels are compiled, memory is found
-        torch.cuda.set_sync_debug_mode("error")
         try:
+            torch.cuda.set_sync_debug_mode("error")
             rest = list(batches)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -191,7 +193,6 @@ def test_the_triton_kernel_takes_more_than_2_to_the_31_bytes():
         assert torch.equal(by_triton(pictures[[place]], colours[:, [place]], torch.bfloat16), whole[:, place])
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
 def test_the_triton_kernel_does_not_wait_for_the_gpu():
     from pipelines import photometric_triton
 
@@ -200,8 +201,8 @@ def test_the_triton_kernel_does_not_wait_for_the_gpu():
     pictures = pictures.cuda()
     done = torch.cuda.Event()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         torch.cuda._sleep(10**9)  # cycles: half a second
         photometric_triton.augment(pictures, colours, out)
         done.record()
@@ -217,9 +218,20 @@ HEAD = HeadRecipe(out_dim=4096, hidden_dim=256, bottleneck_dim=64)
 def train_step(precision: Precision, name: str = "sgd", **options) -> TrainStep:
     torch.manual_seed(0)
     student, teacher = (network.cuda() for network in build_student_teacher("resnet18", HEAD))
-    return TrainStep(
-        student, teacher, build_optimizer(OptimRecipe(name=name), student), LossRecipe(), 3.0, precision, **options
-    )
+    optimizer = build_optimizer(OptimRecipe(name=name), student)
+    step = TrainStep(student, teacher, optimizer, LossRecipe(), 3.0, precision, **options)
+    if precision == "fp16":
+        step.loss_scale = LossScale(torch.device("cuda"), 1024.0)  # the first of 65536 would overflow
+    return step
+
+
+@pytest.fixture
+def tf32():
+    """As train.py sets it; torch.compile warns without it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def step_batch(number: int, precision: Precision = "fp32", batch: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
@@ -241,12 +253,13 @@ def test_a_step_with_kernels_is_one_with_torchs_operations(precision: Precision,
         mine, theirs = ours(*batch, hyper), reference(*batch, hyper)
         for figure, expected in zip(mine, theirs, strict=True):
             assert float(figure) == pytest.approx(float(expected), rel=0.02 if number else 1e-3)
-    assert ours.state_dict()["optimizer"]["param_groups"]
     again = train_step(precision, name)
-    again.load_state_dict(ours.state_dict())
+    again.load_state_dict(copy.deepcopy(ours.state_dict()))
+    mine, theirs = (step(*step_batch(4, precision), step_hyper(4)) for step in (ours, again))
+    assert float(mine.loss) == pytest.approx(float(theirs.loss), rel=1e-3)
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode")
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_step_does_not_wait_for_the_gpu(precision: Precision, compiled: bool):
@@ -257,8 +270,8 @@ def test_a_step_does_not_wait_for_the_gpu(precision: Precision, compiled: bool):
     for number in range(3):
         step(*batch, step_hyper(number))
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         for number in range(3):
             out = step(*batch, step_hyper(number))
     finally:
@@ -274,6 +287,13 @@ def test_a_recorded_step_is_the_step(precision: Precision):
         mine, theirs = graphed(*batch, hyper), plain(*batch, hyper)
         assert float(mine.loss) == pytest.approx(float(theirs.loss), rel=0.03)
         assert float(mine.grad_norm) == pytest.approx(float(theirs.grad_norm), rel=0.2)
+
+
+@pytest.mark.parametrize("options", [(), ("--graph", "true"), ("--graph", "true", "--compile", "always")])
+def test_recorded_and_compiled_runs_from_shards_learn_the_same(shards: Path, tmp_path: Path, options: tuple[str, ...]):
+    common = ("--device", "cuda", "--precision", "bf16", "--max_steps", "10", "--epochs", "8")
+    plain = run(shards, tmp_path / "plain", *common)
+    assert run(shards, tmp_path / "other", *common, *options) == pytest.approx(plain, rel=0.05)
 
 
 def test_the_fused_loss_is_the_reference_at_full_width():

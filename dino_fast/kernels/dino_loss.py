@@ -21,10 +21,13 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dino_fast.loss import Objective
+
 # A program holds V rows (rounded up to a power of two) of TILE / V prototypes of an image, and the teacher's two rows.
-# For V = 8: 512 prototypes a row, which are whole lines of memory, and 32 values a thread, so few (96 registers) that
-# five programs share a multiprocessor of Hopper. Each has 10 to 20 kB on their way while others compute, and the
-# memory wants some 30 kB from each multiprocessor. Few warps, since a reduction along a row waits for all of them.
+# For V = 8: 512 prototypes a row, which are whole lines of memory, and 32 values a thread, so few (86 to 108 registers,
+# by compiler and type) that four or five programs share a multiprocessor of Hopper. Each has 10 to 20 kB on their way
+# while others compute, and the memory wants some 30 kB from each multiprocessor. Few warps, since a reduction along a
+# row waits for all of them.
 TILE = 4096
 # A program of the first pass takes IMAGES one after another, summing the teacher's columns in registers. More would
 # write fewer sums; fewer make more programs, and a shorter wait for the last ones.
@@ -34,17 +37,6 @@ LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 FLOOR = tl.constexpr(-1e30)  # for −∞ where there is no prototype: its products with 0 are 0
 
 
-class FusedLoss(NamedTuple):
-    """What `fused_dino_loss` finds, on the device of the logits."""
-
-    loss: Tensor
-    """scalar, float32; differentiable with respect to the student's logits"""
-    teacher_entropy: Tensor
-    """scalar, float32: mean entropy, in nats, of the teacher's targets"""
-    teacher_mean: Tensor
-    """[1, K], float32: mean of the teacher's logits over this rank's rows, which the centre moves towards"""
-
-
 def fused_dino_loss(
     student_logits: Tensor,
     teacher_logits: Tensor,
@@ -52,8 +44,8 @@ def fused_dino_loss(
     student_temp: float,
     teacher_temp: Tensor,
     views: int,
-) -> FusedLoss:
-    """`loss.dino_loss`, `loss.teacher_entropy` and the mean for `loss.update_center`, of the same arguments.
+) -> Objective:
+    """`loss.dino_loss`, `loss.teacher_entropy` and `loss.teacher_mean` of the same arguments, as float32.
 
     student_logits: [V·B, K], view-major, the two global views first; teacher_logits: [2·B, K]; both contiguous, of
     float16, bfloat16 or float32. center: [1, K], float32, contiguous. teacher_temp: one float32 on their device, read
@@ -64,7 +56,7 @@ def fused_dino_loss(
     may be changed at once, a copy of it is kept. Raises ValueError for what is not of these shapes, types and layouts.
     """
     _check(student_logits, teacher_logits, center, teacher_temp, views)
-    return FusedLoss(*_FusedLoss.apply(student_logits, teacher_logits, center, student_temp, teacher_temp, views))
+    return Objective(*_FusedLoss.apply(student_logits, teacher_logits, center, student_temp, teacher_temp, views))
 
 
 def _check(student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: Tensor, views: int) -> None:

@@ -348,8 +348,8 @@ def test_nothing_waits_for_the_device() -> None:
     ours(gradients(ours.student, 0), HYPERS[0])
     for p in ours.student.parameters():
         p.grad = None if p.grad is None else p.grad.clone()  # elsewhere
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         updated = ours.update(ours.hyper)
     finally:
         torch.cuda.set_sync_debug_mode("default")

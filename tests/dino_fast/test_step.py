@@ -25,7 +25,9 @@ from dino_fast.loss import LossRecipe, objective
 from dino_fast.optim import OptimRecipe, build_optimizer
 from dino_fast.schedules import Hyper
 from dino_fast.step import MultiCropModel, Precision, TrainStep, build_student_teacher, split_batch
-from dino_fast.update import LossScale, TorchUpdate
+from dino_fast.train import require_finite
+from dino_fast.update import INTERVAL, LossScale, TorchUpdate
+from shards.errors import UserError
 
 HEAD = HeadRecipe(out_dim=64, hidden_dim=32, bottleneck_dim=16, batch_norm=True)
 HYPER = Hyper(lr=0.05, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
@@ -187,6 +189,25 @@ def test_an_overflowing_float16_step_moves_no_weight_and_halves_the_scale() -> N
     assert all(torch.equal(a, b) for a, b in zip(step.student.parameters(), before, strict=True))
 
 
+def test_a_loss_scale_is_a_grad_scalers_and_reads_its_state() -> None:
+    cpu = torch.device("cpu")
+    theirs = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=INTERVAL)
+    theirs.scale(torch.zeros(()))  # makes its state
+    theirs.load_state_dict({**theirs.state_dict(), "_growth_tracker": INTERVAL - 2})
+    ours = LossScale(cpu)
+    ours.load_state_dict(theirs.state_dict())
+    parameter = nn.Parameter(torch.zeros(()))
+    optimizer = torch.optim.SGD([parameter], lr=0.0)
+    for overflowed in (False, False, False, True, True, False):
+        parameter.grad = torch.tensor(torch.inf if overflowed else 1.0)
+        theirs.step(optimizer)
+        theirs.update()
+        ours.update(torch.tensor(overflowed))
+        state = ours.state_dict()
+        assert state["scale"] == theirs.state_dict()["scale"]
+        assert state["_growth_tracker"] == theirs.state_dict()["_growth_tracker"]
+
+
 @pytest.mark.parametrize(("precision", "name"), [("fp32", "adamw"), ("fp16", "sgd"), ("bf16", "lars")])
 def test_a_restored_step_goes_on_bit_for_bit(precision: Precision, name: str, tmp_path: Path) -> None:
     step = _step(precision, name=name)
@@ -261,6 +282,14 @@ def test_parts_keep_layout_views_and_images() -> None:
         split_batch(*_flat((globals_, locals_)), 3)
 
 
+def test_a_centre_that_is_no_number_is_not_saved() -> None:
+    step = _step()
+    require_finite(3, step)
+    step.center.fill_(torch.nan)
+    with pytest.raises(UserError, match="the centre after step 3 are not finite"):
+        require_finite(3, step)
+
+
 def _rank(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
@@ -273,7 +302,8 @@ def _rank(rank: int, folder: Path) -> None:
     step = TrainStep(wrapped, teacher, optimizer, LossRecipe(), 3.0)
     mine = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
     losses = []
-    for t in range(3):
+    for t in range(4):
+        step.accumulate = 2 if t == 3 else 1
         globals_, locals_ = _crops(t, torch.float64)
         hyper = Hyper(0.05, 1e-2, 0.9, 0.05, freeze_last_layer=t == 1)
         losses.append(step(*_flat((globals_[:, mine], locals_[:, mine])), hyper).loss)
@@ -287,10 +317,14 @@ def test_two_ranks_equal_one_with_their_batches_together(tmp_path: Path) -> None
     running = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
     try:
         step = _step(dtype=torch.float64)
-        losses = [
-            step(*_flat(_crops(t, torch.float64)), Hyper(0.05, 1e-2, 0.9, 0.05, freeze_last_layer=t == 1)).loss
-            for t in range(3)
-        ]
+        losses = []
+        for t in range(4):
+            globals_, locals_ = _crops(t, torch.float64)
+            if t == 3:  # in two parts, of which each rank has one image
+                step.accumulate = 2
+                globals_, locals_ = globals_[:, [0, 2, 1, 3]], locals_[:, [0, 2, 1, 3]]
+            hyper = Hyper(0.05, 1e-2, 0.9, 0.05, freeze_last_layer=t == 1)
+            losses.append(step(*_flat((globals_, locals_)), hyper).loss)
         assert [process.wait(timeout=120) for process in running] == [0, 0]
     finally:
         for process in running:
