@@ -117,12 +117,7 @@ class Published:
         self.center = self.center * momentum + total / (len(teacher_logits) * world_size()) * (1 - momentum)
 
     def update(self) -> None:
-        self.scaler.unscale_(self.optimizer)
-        self.clip_gradients()
-        if self.hyper.freeze_last_layer:
-            drop_gradients(self.student.head.last_layer)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        move_student(self)
         self.move_teacher()
 
     @torch.no_grad()
@@ -193,12 +188,7 @@ class Stock:
 
     @torch.no_grad()
     def update(self) -> None:
-        self.scaler.unscale_(self.optimizer)
-        self.clip_gradients()
-        if self.hyper.freeze_last_layer:
-            drop_gradients(self.student.head.last_layer)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        move_student(self)
         averages: list[Tensor] = list(self.teacher.parameters())
         latest: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(averages, latest, 1 - self.hyper.momentum)
@@ -209,6 +199,16 @@ class Stock:
         norms = torch.stack(torch._foreach_norm(grads))
         shrink = (self.recipe.optim.clip_grad / (norms + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, list(shrink.unbind()))
+
+
+def move_student(step: Published | Stock) -> None:
+    """By its gradients: unscaled, clipped the step's way, without those of a frozen last layer."""
+    step.scaler.unscale_(step.optimizer)
+    step.clip_gradients()
+    if step.hyper.freeze_last_layer:
+        drop_gradients(step.student.head.last_layer)
+    step.scaler.step(step.optimizer)
+    step.scaler.update()
 
 
 def drop_gradients(layer: nn.Module) -> None:
