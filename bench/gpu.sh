@@ -4,6 +4,7 @@
 #
 #   bash bench/gpu.sh [SHARDS]               SHARDS: a folder that make-shards wrote; without it, pictures are drawn
 #   PARTS="step kernels" bash bench/gpu.sh   these alone, of: tests data kernels step train
+#   PARTS=small bash bench/gpu.sh            once more as long: 16 images a step, with and without a graph
 #
 # Each part is stopped at its limit, in seconds, of which SLOWER=2 gives it twice as many. Results go to $OUT, or to
 # bench/results/. Needs python3 with torch >= 2.11, torchvision, DALI, jsonargparse, docstring-parser, typeshed-client,
@@ -60,9 +61,14 @@ if wanted kernels; then
 fi
 if wanted step; then
     # Compiling takes most of it; nothing is written before all arms are done.
-    within 200 "$python" -m bench.step --rounds 3 --steps 10 --profile --json "$out/step-gpu.jsonl" 2>&1 | tail -n 60
+    within 200 "$python" -m bench.step --rounds 3 --steps 10 --profile \
+        --only published stock stock-compiled ours ours-compiled ours-aside ours-graphed --json "$out/step-gpu.jsonl" 2>&1 | tail -n 60
     within 45 "$python" -m bench.end_to_end "$shards" --rounds 2 --steps 20 --batch 128 \
         --json "$out/end-to-end-gpu.jsonl" 2>&1 | tail -n 15
+fi
+if wanted small; then
+    within 240 "$python" -m bench.step --batch 16 --rounds 3 --steps 20 --json "$out/step-small-gpu.jsonl" \
+        --only stock-compiled ours ours-compiled ours-aside ours-graphed ours-graphed-aside 2>&1 | tail -n 40
 fi
 if wanted train; then
     # Whether the whole main job runs, as a user would start it; its graphs are those that bench.step has compiled.

@@ -3,9 +3,10 @@
     python -m bench.step [--batch 8] [--precision bf16] [--backbone resnet50] [--rounds 5] [--steps 1] [--only ARM ...]
                          [--profile] [--json bench/results/X.jsonl]
 
-The arms, which take the same recipe (ResNet-50, K = 65536, 2×224 + 6×96 unless asked otherwise) and the same pictures:
-`bench/baselines.py`'s "published", in float16 on a GPU and float32 on a CPU whatever --precision says, and "stock";
-then ours. What cannot run here is left out with a line that says why. Figures of a round, over --steps steps:
+The arms, which take the same recipe (ResNet-50, K = 65536, 2×224 + 6×96 unless asked otherwise) and the same
+pictures: `bench/baselines.py`'s "published", in float16 on a GPU and float32 on a CPU whatever --precision says, and
+"stock"; then ours, of which "aside" has the teacher on a stream of its own. What cannot run here is left out with a
+line that says why. Figures of a round, over --steps steps:
 
 - images: a second;
 - step: ms; on a GPU between two events;
@@ -96,9 +97,11 @@ def stock(recipe: Recipe, device: torch.device, compiled: bool = False) -> Step:
     return Stock(recipe, build_student_teacher(recipe.backbone, recipe.head), steady(recipe), device, compiled)
 
 
-def ours(recipe: Recipe, device: torch.device, compiled: bool = False, graphed: bool = False) -> Step:
-    """As train.py builds it."""
-    step = build_step(recipe, Ranks(0, 1, device))
+def ours(
+    recipe: Recipe, device: torch.device, compiled: bool = False, graphed: bool = False, aside: bool = False
+) -> Step:
+    """As train.py builds it; aside: with the teacher on a stream of its own."""
+    step = build_step(recipe, Ranks(0, 1, device), teacher_aside=aside)
     if compiled:
         compile_backbones(step)
     return partial(GraphedStep(step) if graphed else step, hyper=steady(recipe))
@@ -132,6 +135,10 @@ def random_views(recipe: Recipe, device: torch.device, dtype: torch.dtype, layou
 compiler = cache(why_not)
 
 
+def streams(device: torch.device) -> str | None:
+    return compiler(device) if device.type == "cuda" else "streams need a GPU"
+
+
 def graphs(device: torch.device) -> str | None:
     return compiler(device) if device.type == "cuda" else "CUDA graphs need a GPU"
 
@@ -142,7 +149,9 @@ KINDS = {
     "stock-compiled": Kind(partial(stock, compiled=True), loader_views, compiler),
     "ours": Kind(ours, loader_views),
     "ours-compiled": Kind(partial(ours, compiled=True), loader_views, compiler),
+    "ours-aside": Kind(partial(ours, compiled=True, aside=True), loader_views, streams),
     "ours-graphed": Kind(partial(ours, compiled=True, graphed=True), loader_views, graphs),
+    "ours-graphed-aside": Kind(partial(ours, compiled=True, graphed=True, aside=True), loader_views, graphs),
 }
 
 

@@ -72,9 +72,9 @@ class Recipe:
     """network that is trained, from torchvision"""
     compile: Literal["auto", "always", "never"] = "auto"
     """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on a GPU"""
-    graph: bool = False
-    """record the step as a CUDA graph and replay it: for one GPU and small batches, where launching takes longer than
-    computing. Not measured yet"""
+    graph: Literal["auto", "always", "never"] = "auto"
+    """whether the step is recorded as a CUDA graph and replayed, which takes one GPU; auto: there, with batches (or
+    their parts) of at most 32 images, whose launches should take longer than their computing. Not measured yet"""
     log_every: Annotated[int, Ge(1)] = 50
     """steps between entries in the metrics"""
     accept_changes: bool = False

@@ -8,6 +8,7 @@ from torch import Tensor
 from dino_fast.schedules import Hyper
 from dino_fast.step import StepOutput, TrainStep
 from dino_fast.update import DeviceHyper
+from shards.errors import UserError
 
 WARM_UP = 4  # steps before the recording, in which graphs are compiled, ways are chosen, and state gets its memory
 
@@ -35,9 +36,7 @@ class GraphedStep:
         if self._steps <= WARM_UP:
             return self._beside()
         if self._output is None:
-            # The loader's threads go on allocating meanwhile, which is none of the recording's business.
-            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                self._output = self._run()
+            self._output = self._record()
         self._graph.replay()
         return StepOutput(*(figure.clone() for figure in self._output))
 
@@ -47,6 +46,18 @@ class GraphedStep:
             self._inputs = [value.clone() for value in values]
         for place, value in zip(self._inputs, values, strict=True):
             place.copy_(value)
+
+    def _record(self) -> StepOutput:
+        """Where the step's output will be after each replay."""
+        try:
+            # The loader's threads go on allocating meanwhile, which is none of the recording's business.
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
+                return self._run()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"the step cannot be recorded here ({reason}): pass --graph never") from error
 
     def _run(self) -> StepOutput:
         *crops, values, teacher_temp = self._inputs

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from dino_fast.backbones import build_backbone
+from dino_fast.half_weights import keep_half_weights
 from dino_fast.head import DinoHead, HeadRecipe
 from dino_fast.loss import CenterUpdate, LossRecipe, Objective, objective
 from dino_fast.schedules import Hyper
@@ -79,12 +80,14 @@ class TrainStep:
         *,
         accumulate: int = 1,
         kernels: bool = False,
+        teacher_aside: bool = False,
     ) -> None:
         """student and teacher: on their device, from `build_student_teacher`; optimizer: from `build_optimizer`.
 
         "fp32" runs in the networks' own type; "bf16" and "fp16" autocast on their device, "fp16" with loss scaling.
         `accumulate` parts of a batch go through the networks one after another: batch norms see a part, loss, centre
         and gradients are those of the batch. `kernels`: loss and update by Triton instead of torch's own operations.
+        `teacher_aside`: on a GPU the teacher's forward pass has a stream of its own, beside the student's.
         """
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
         self.loss, self.precision, self.accumulate = loss, precision, accumulate
@@ -92,6 +95,7 @@ class TrainStep:
         self.center = prototypes.new_zeros(1, len(prototypes))  # [1, K]
         self.forget_gradients = True  # between steps; False: their memory stays where it is
         self.loss_scale = LossScale(self.center.device) if precision == "fp16" else None
+        self._side = torch.cuda.Stream(self.center.device) if teacher_aside else None
         frozen = self.bare_student.head.last_layer.parameters()
         ends = optimizer, self.bare_student, teacher, clip_grad, frozen
         self.objective: Callable[..., Objective]
@@ -99,7 +103,7 @@ class TrainStep:
         if kernels:
             from dino_fast.kernels.dino_loss import fused_dino_loss
 
-            self.objective, self.update = fused_dino_loss, KernelUpdate(*ends)
+            self.objective, self.update = fused_dino_loss, KernelUpdate(*ends, self._keep_half_weights())
         else:
             self.objective, self.update = objective, TorchUpdate(*ends)
 
@@ -107,6 +111,13 @@ class TrainStep:
     def bare_student(self) -> MultiCropModel:
         """The student without its DistributedDataParallel wrapper."""
         return self.student.module if isinstance(self.student, DistributedDataParallel) else self.student
+
+    def _keep_half_weights(self) -> dict[Tensor, Tensor]:
+        if self.precision not in _AUTOCAST:
+            return {}
+        networks = self.bare_student, self.teacher
+        student, teacher = (keep_half_weights(network, _AUTOCAST[self.precision]) for network in networks)
+        return student | teacher
 
     def __call__(self, globals_: Tensor, locals_: Tensor | None, hyper: Hyper) -> StepOutput:
         """One update. globals_: [2·B, 3, G, G], locals_: [n·B, 3, L, L] or None, both view-major.
@@ -145,11 +156,21 @@ class TrainStep:
 
     def _forward(self, globals_: Tensor, locals_: Tensor | None, teacher_temp: float | Tensor) -> Objective:
         with self._autocast():
-            with torch.no_grad():
+            with torch.no_grad(), self._aside():
                 teacher_logits = self.teacher([globals_])
             student_logits = self.student([globals_] if locals_ is None else [globals_, locals_])
+        if self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+            teacher_logits.record_stream(torch.cuda.current_stream())  # its memory is the side's to give out again
         views = 2 * len(student_logits) // len(teacher_logits)
         return self.objective(student_logits, teacher_logits, self.center, self.loss.student_temp, teacher_temp, views)
+
+    def _aside(self) -> contextlib.AbstractContextManager[None]:
+        """The side stream, from where the current one is."""
+        if self._side is None:
+            return contextlib.nullcontext()
+        self._side.wait_stream(torch.cuda.current_stream())
+        return torch.cuda.stream(self._side)
 
     def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()

@@ -29,6 +29,8 @@ from pipelines.loader import Loader, open_index
 from shards.errors import UserError
 from shards.lock import locked
 
+# Up to here a GPU is expected to wait for the host's launches: some 2,000 of 3 µs take as long as 16 images on an H200.
+SMALL_BATCH = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -90,10 +92,10 @@ def claimed(recipe: Recipe, ranks: Ranks) -> contextlib.AbstractContextManager[N
     return locked(Path(recipe.output), "another run is writing into it; wait, or choose another --output")
 
 
-def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None) -> TrainStep:
+def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None, teacher_aside: bool = False) -> TrainStep:
     """Student, teacher and optimizer on this rank's device; the first weights depend on the seed alone.
 
-    `kernels` are those of `TrainStep`; None: on a GPU, where Triton is installed.
+    `kernels` and `teacher_aside` are those of `TrainStep`; kernels None: on a GPU, where Triton is installed.
 
     Raises UserError for a batch that does not divide into ranks and parts.
     """
@@ -111,7 +113,7 @@ def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None) -> 
         kernels = ranks.device.type == "cuda" and find_spec("triton") is not None
     return TrainStep(
         parallel(student, ranks), teacher, optimizer, recipe.loss, recipe.optim.clip_grad, recipe.precision,
-        accumulate=recipe.accumulate, kernels=kernels,
+        accumulate=recipe.accumulate, kernels=kernels, teacher_aside=teacher_aside,
     )  # fmt: skip
 
 
@@ -128,12 +130,13 @@ def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
 
 
 def recorded(recipe: Recipe, ranks: Ranks, step: TrainStep) -> TrainStep | GraphedStep:
-    """The step, as a CUDA graph where the recipe asks for it. UserError where that is not possible."""
-    if not recipe.graph:
-        return step
-    if not isinstance(step.update, KernelUpdate) or ranks.device.type != "cuda" or ranks.world > 1:
-        raise UserError("--graph true: that takes one GPU, no other ranks, and Triton; leave it out")
-    return GraphedStep(step)
+    """The step, as a CUDA graph where the recipe says so. UserError where that is not possible."""
+    possible = isinstance(step.update, KernelUpdate) and ranks.device.type == "cuda" and ranks.world == 1
+    if recipe.graph == "always" and not possible:
+        raise UserError("--graph always: that takes one GPU, no other ranks, and Triton; leave it out")
+    small = recipe.batch_size // recipe.accumulate <= SMALL_BATCH
+    wanted = recipe.graph == "always" or (recipe.graph == "auto" and small)
+    return GraphedStep(step) if possible and wanted else step
 
 
 def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> tuple[int, list[str]]:

@@ -4,7 +4,7 @@
 launches on a GPU. Both leave the optimizer's state where torch keeps it, so a checkpoint of one is one of the other.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -55,7 +55,7 @@ class Update(Protocol):
         """One update by the gradients that the student's parameters hold; their norm before clipping, a scalar."""
 
     def loaded(self) -> None:
-        """To be called after the optimizer has loaded a state."""
+        """To be called after the optimizer or a network has loaded a state."""
 
 
 class TorchUpdate:
@@ -107,14 +107,20 @@ class DeviceHyper(NamedTuple):
 
 
 class KernelUpdate:
-    """As `TorchUpdate`, by `kernels.update`; the host reads nothing."""
+    """As `TorchUpdate`, by `kernels.update`; the host reads nothing. `halves` are copies of parameters, kept up."""
 
     def __init__(
-        self, optimizer: Optimizer, student: nn.Module, teacher: nn.Module, clip_grad: float, frozen: Iterable[Tensor]
+        self,
+        optimizer: Optimizer,
+        student: nn.Module,
+        teacher: nn.Module,
+        clip_grad: float,
+        frozen: Iterable[Tensor],
+        halves: Mapping[Tensor, Tensor],
     ) -> None:
         from dino_fast.kernels.update import FusedUpdate, pack
 
-        self._fused, self._pack = FusedUpdate(optimizer, student, teacher, clip_grad, frozen), pack
+        self._fused, self._pack = FusedUpdate(optimizer, student, teacher, clip_grad, frozen, halves), pack
         self._device = next(student.parameters()).device
 
     def settings(self, hyper: Hyper) -> DeviceHyper:

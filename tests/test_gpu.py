@@ -279,9 +279,11 @@ def test_a_step_does_not_wait_for_the_gpu(precision: Precision, compiled: bool):
     assert out.loss.isfinite()
 
 
+@pytest.mark.parametrize("aside", [False, True])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_recorded_step_is_the_step(precision: Precision):
-    plain, graphed = train_step(precision, kernels=True), GraphedStep(train_step(precision, kernels=True))
+def test_a_recorded_step_is_the_step(precision: Precision, aside: bool):
+    plain = train_step(precision, kernels=True)
+    graphed = GraphedStep(train_step(precision, kernels=True, teacher_aside=aside))
     for number in range(WARM_UP + 4):
         batch, hyper = step_batch(number, precision), step_hyper(number)
         mine, theirs = graphed(*batch, hyper), plain(*batch, hyper)
@@ -289,10 +291,31 @@ def test_a_recorded_step_is_the_step(precision: Precision):
         assert float(mine.grad_norm) == pytest.approx(float(theirs.grad_norm), rel=0.2)
 
 
-@pytest.mark.parametrize("options", [(), ("--graph", "true"), ("--graph", "true", "--compile", "always")])
+def test_a_teacher_aside_gives_the_same_step():
+    plain, aside = train_step("bf16", kernels=True), train_step("bf16", kernels=True, teacher_aside=True)
+    for number in range(4):
+        batch, hyper = step_batch(number, "bf16"), step_hyper(number)
+        mine, theirs = aside(*batch, hyper), plain(*batch, hyper)
+        assert float(mine.loss) == pytest.approx(float(theirs.loss), rel=0.01)
+        assert float(mine.teacher_entropy) == pytest.approx(float(theirs.teacher_entropy), rel=0.01)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_in_half_precision_are_the_casts_of_the_weights(precision: Precision):
+    step = train_step(precision, kernels=True)
+    for number in range(3):
+        step(*step_batch(number, precision), step_hyper(number))
+    layers = [m for n in (step.student, step.teacher) for m in n.modules() if hasattr(m, "half_weight")]
+    assert len(layers) == 2 * (20 + 3)
+    assert all(torch.equal(layer.half_weight, layer.weight.to(DTYPES[precision])) for layer in layers)
+
+
+@pytest.mark.parametrize(
+    "options", [("--graph", "never", "--compile", "always"), ("--graph", "always"), ("--compile", "always")]
+)
 def test_recorded_and_compiled_runs_from_shards_learn_the_same(shards: Path, tmp_path: Path, options: tuple[str, ...]):
     common = ("--device", "cuda", "--precision", "bf16", "--max_steps", "10", "--epochs", "8")
-    plain = run(shards, tmp_path / "plain", *common)
+    plain = run(shards, tmp_path / "plain", *common, "--compile", "never", "--graph", "never")
     assert run(shards, tmp_path / "other", *common, *options) == pytest.approx(plain, rel=0.05)
 
 

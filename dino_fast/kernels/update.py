@@ -1,14 +1,15 @@
 """The update of a step, clipping, optimizer and moving average, over all tensors at once in three launches.
 
-First the sums that norms are made of, a chunk of a tensor a program; then what each tensor's update hangs on; then the
-update, which reads and writes every value once: with SGD 28 bytes a parameter. The rules are those of
-`dino_fast.optim`. A table of addresses stands for lists of tensors, and each tensor is walked in the order of its
-memory. Nothing waits for the device, and sums have a fixed order. Not measured on a GPU yet.
+First the sums that norms are made of, a chunk of a tensor a program; then what each tensor's update hangs on; then
+the update, which reads and writes every value once: with SGD 28 bytes a parameter, and 4 more where both networks
+keep it in half precision, too. The rules are those of `dino_fast.optim`. A table of addresses stands for lists of
+tensors, and each tensor is walked in the order of its memory. Nothing waits for the device, and sums have a fixed
+order. Not measured on a GPU yet.
 """
 # In kernels Triton evaluates annotations, and takes constexpr alone:
 # mypy: allow-incomplete-defs
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -27,16 +28,17 @@ CHUNK = tl.constexpr(8192)  # values a program
 # Places in the tensor that brings the hyper-parameters of a step; see `pack`.
 LR, WEIGHT_DECAY, EMA, EMA_REST, FREEZE = (tl.constexpr(place) for place in range(5))
 # The table's columns: addresses in bytes, sizes in values, chunks by their number, and 0 or 1.
-PARAM, TEACHER, STATE, SECOND_STATE, NUMEL, FIRST_CHUNK, END_CHUNK, DECAYS, ADAPTS, FROZEN = (
-    tl.constexpr(column) for column in range(10)
+PARAM, TEACHER, STATE, SECOND_STATE, HALF, TEACHER_HALF, NUMEL, FIRST_CHUNK, END_CHUNK, DECAYS, ADAPTS, FROZEN = (
+    tl.constexpr(column) for column in range(12)
 )
-COLUMNS = tl.constexpr(10)
+COLUMNS = tl.constexpr(12)
 # Rows of the sums over chunks; the last two for LARS alone.
 SQUARES, BROKEN, PRODUCTS, SIZES = (tl.constexpr(row) for row in range(4))
 # Columns of what the second launch tells the third about a tensor.
 MOVES, SCALE, DECAY, RATE, FACTOR = (tl.constexpr(column) for column in range(5))
 COEFFICIENTS = tl.constexpr(5)
 
+_HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 AS_WRITTEN = {"enable_fp_fusion": False}  # each operation rounds, as in torch
 
 
@@ -76,25 +78,27 @@ class FusedUpdate:
         teacher: nn.Module,
         clip_grad: float,
         frozen: Iterable[Tensor] = (),
+        halves: Mapping[Tensor, Tensor] | None = None,
     ) -> None:
         """optimizer: from `build_optimizer`, still the owner of the momenta; clip_grad: 0 does not clip.
 
-        frozen: parameters that the optimizer leaves alone while the hyper-parameters say freeze. Raises ValueError, as
-        `bind` does, for what only the functions of `dino_fast.optim` can update: another optimizer, parameters that
-        are not float32, not dense, or not laid out alike in student and teacher.
+        frozen: parameters that the optimizer leaves alone while the hyper-parameters say freeze. halves: copies of
+        either network's parameters in one half precision, to be kept up with them (`keep_half_weights`). Raises
+        ValueError, as `bind` does, for what only the functions of `dino_fast.optim` can update: another optimizer,
+        parameters that are not float32, not dense, or not laid out alike in student, teacher and copies.
         """
         self.optimizer, self.student, self.teacher, self.clip_grad = optimizer, student, teacher, clip_grad
-        self.frozen = set(frozen)
+        self.frozen, self.halves = set(frozen), dict(halves or {})
         self.bind()
 
     def bind(self) -> None:
-        """Look up where all tensors lie. To be called again once the optimizer or a network has been given others.
-
-        `load_state_dict` of an optimizer gives it others, that of a network does not.
+        """Look up where all tensors lie, and copy to the halves. To be called again once the optimizer has been given
+        other tensors, as its `load_state_dict` does, or a network other values.
         """
         named, averages = list(self.student.named_parameters()), list[Tensor](self.teacher.parameters())
         for (name, param), average in zip(named, averages, strict=True):
             _check(name, param, average)
+        self._renew_halves()
         self._rule = _rule(self.optimizer)
         self._params = [param for _, param in named]
         self._groups = {param: group for group in self.optimizer.param_groups for param in group["params"]}
@@ -125,9 +129,22 @@ class FusedUpdate:
             )  # fmt: skip
             _move[(chunks,)](
                 *where, self._chunks, hyper, self._coefficients,
-                rule.adamw, rule.beta1, rule.beta2, rule.eps, self._aligned, **AS_WRITTEN,
+                rule.adamw, rule.beta1, rule.beta2, rule.eps, self._half, self._aligned, **AS_WRITTEN,
             )  # fmt: skip
         return Updated(outcome[0], outcome[1])
+
+    @torch.no_grad()
+    def _renew_halves(self) -> None:
+        for param, half in self.halves.items():
+            if _layout(param) != _layout(half):
+                raise ValueError(
+                    f"a copy of strides {half.stride()} is not laid out as its parameter, {param.stride()}"
+                )
+            half.copy_(param)
+        kinds = {half.dtype for half in self.halves.values()}
+        if len(kinds) > 1 or kinds - _HALVES.keys():
+            raise ValueError(f"copies of parameters must be all float16 or all bfloat16, not {kinds}")
+        self._half = _HALVES[kinds.pop()] if kinds else None
 
     def _rows(self, averages: list[Tensor], numels: list[int]) -> list[list[int]]:
         """The table. Creates the states that the optimizer has not got yet."""
@@ -136,8 +153,9 @@ class FusedUpdate:
         for param, average, numel, first, end in zip(self._params, averages, numels, [0, *ends], ends, strict=False):
             states = self._states(param) if param in self._groups else []
             addresses = [tensor.data_ptr() for tensor in (param, average, *states)]
-            addresses += [0] * (NUMEL.value - len(addresses))
-            rows.append([*addresses, numel, first, end, *self._flags(param)])
+            addresses += [0] * (HALF.value - len(addresses))
+            halves = [self.halves[tensor].data_ptr() if tensor in self.halves else 0 for tensor in (param, average)]
+            rows.append([*addresses, *halves, numel, first, end, *self._flags(param)])
         return rows
 
     def _states(self, param: Tensor) -> list[Tensor]:
@@ -358,13 +376,21 @@ def _bias_correction(BETA: tl.constexpr, step):
 @triton.jit
 def _move(
     table, gradients, chunks, hyper, coefficients,
-    ADAMW: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, ALIGNED: tl.constexpr,
+    ADAMW: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, HALF_TYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The student's chunk by the optimizer's rule, where it moves, and the teacher's towards it."""
+    """The student's chunk by the optimizer's rule, where it moves, and the teacher's towards it.
+
+    HALF_TYPE: of the copies that some tensors have, None where none has.
+    """
     tensor, row, first, end = _place(chunks, table, ALIGNED)
     param, teacher = _memory(row + PARAM, ALIGNED), _memory(row + TEACHER, ALIGNED)
     gradient = _memory(gradients + tensor, ALIGNED)
     state, second = _memory(row + STATE, ALIGNED), _memory(row + SECOND_STATE, ALIGNED)
+    if HALF_TYPE is not None:
+        half, teacher_half = _memory(row + HALF, ALIGNED, HALF_TYPE), _memory(row + TEACHER_HALF, ALIGNED, HALF_TYPE)
+        half_end = tl.where(tl.load(row + HALF) != 0, end, first)
+        teacher_half_end = tl.where(tl.load(row + TEACHER_HALF) != 0, end, first)
     mine = coefficients + tensor * COEFFICIENTS
     live_end = tl.where(tl.load(mine + MOVES) != 0, end, first)
     scale, decay = tl.load(mine + SCALE), tl.load(mine + DECAY)
@@ -387,7 +413,13 @@ def _move(
             moved = p - m * rate
         tl.store(state + here, m, mask=live)
         tl.store(param + here, moved, mask=live)
-        tl.store(teacher + here, t * momentum + tl.where(live, moved, p) * rest, mask=inside)
+        p = tl.where(live, moved, p)
+        t = t * momentum + p * rest
+        tl.store(teacher + here, t, mask=inside)
+        if HALF_TYPE is not None:
+            kept, teacher_kept = tl.arange(0, BLOCK) < half_end - start, tl.arange(0, BLOCK) < teacher_half_end - start
+            tl.store(half + here, p.to(HALF_TYPE), mask=kept)
+            tl.store(teacher_half + here, t.to(HALF_TYPE), mask=teacher_kept)
 
 
 @triton.jit
@@ -403,9 +435,9 @@ def _place(chunks, table, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _memory(address, ALIGNED: tl.constexpr):
+def _memory(address, ALIGNED: tl.constexpr, TYPE: tl.constexpr = tl.float32):
     """The memory whose address lies at `address`."""
-    pointer = tl.load(address).to(tl.pointer_type(tl.float32))
+    pointer = tl.load(address).to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)  # bytes; a bare number says nothing about it
     return pointer

@@ -49,7 +49,7 @@ def test_wrong_settings(refused, tmp_path: Path):
 
 def test_parts_and_recordings_that_cannot_be(refused):
     assert "--accumulate 3 parts each" in refused("--accumulate", "3")
-    assert "--graph true: that takes one GPU" in refused("--graph", "true", "--device", "cpu")
+    assert "--graph always: that takes one GPU" in refused("--graph", "always", "--device", "cpu")
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so_once(
