@@ -155,7 +155,7 @@ class TrainStep:
         return contextlib.nullcontext()
 
     def _forward(self, globals_: Tensor, locals_: Tensor | None, teacher_temp: float | Tensor) -> Objective:
-        with self._autocast():
+        with self.autocast():
             with torch.no_grad(), self._aside():
                 teacher_logits = self.teacher([globals_])
             student_logits = self.student([globals_] if locals_ is None else [globals_, locals_])
@@ -175,7 +175,8 @@ class TrainStep:
     def _backward(self, loss: Tensor) -> None:
         (loss if self.loss_scale is None else loss * self.loss_scale.scale).backward()
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
+        """What forward passes run under, on the networks' device."""
         dtype = _AUTOCAST.get(self.precision, torch.bfloat16)
         return torch.autocast(self.center.device.type, dtype=dtype, enabled=self.precision in _AUTOCAST)
 
