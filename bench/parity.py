@@ -26,7 +26,7 @@ from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.head import HeadRecipe
 from dino_fast.optim import OptimRecipe
-from dino_fast.schedules import Schedules, scaled_lr
+from dino_fast.schedules import Schedules
 from dino_fast.step import Precision, build_student_teacher
 from dino_fast.train import DTYPES, build_step
 from dino_fast.update import LossScale
@@ -95,8 +95,7 @@ def last_losses(recipe: Recipe, index: ShardIndex, device: torch.device, steps: 
         dtype=DTYPES[recipe.precision],
     )  # fmt: skip
     step = build_step(recipe, Ranks(0, 1, device))
-    rate, per_epoch = scaled_lr(recipe.optim, recipe.batch_size), loader.order.steps_per_epoch
-    schedules = Schedules(recipe.optim, recipe.loss, rate, -(-steps // per_epoch), per_epoch)
+    schedules = Schedules(replace(recipe, epochs=f"{steps} steps"), loader.order.steps_per_epoch)
     losses = [step(made.globals, made.locals, schedules.at(made.step)).loss for made in loader.batches(0, steps)]
     return torch.stack(losses[-max(1, steps // 10) :]).tolist()
 

@@ -22,6 +22,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # it exports by a list
     set_parsing_settings,
 )
 
+from dino_fast.durations import Duration, parse
 from dino_fast.head import HeadRecipe
 from dino_fast.loss import LossRecipe
 from dino_fast.optim import OptimRecipe
@@ -39,12 +40,12 @@ class UsageError(UserError):
 class CheckpointRecipe:
     """When checkpoints are written and which are kept."""
 
-    every_steps: Annotated[int, Ge(0)] = 0
-    """steps between checkpoints; 0: one at the end of each epoch"""
+    every: Duration = 1
+    """how often one is written"""
     keep: Annotated[int, Ge(1)] = 2
     """how many of the newest are kept"""
-    keep_every_epochs: Annotated[int, Ge(0)] = 0
-    """one in so many epochs is kept for good; 0: none"""
+    keep_every: Duration = 0
+    """how often one is kept for good; 0: none"""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,11 @@ class Recipe:
     """folder for checkpoints, metrics and TensorBoard; the same command again resumes there"""
     seed: Annotated[int, Ge(0), Le(2**48)] = 0
     """of the first weights, the order, the crops and the colours"""
-    epochs: Annotated[int, Ge(1)] = 100
-    """length of the schedules"""
+    epochs: Duration = 100
+    """length of the run and its schedules. Here as in the other settings of time a number counts epochs, and lengths
+    such as "5000 steps" or "2M images" are understood, too"""
     max_steps: Annotated[int, Ge(0)] = 0
-    """stop after this step although the schedules go on; 0: run all epochs"""
+    """stop after this step although the schedules go on; 0: run to their end"""
     batch_size: Annotated[int, Ge(1)] = 512
     """images a step over all ranks together"""
     accumulate: Annotated[int, Ge(1)] = 1
@@ -87,6 +89,8 @@ class Recipe:
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
 
+
+PARTS_OF_THE_RUN = ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs", "optim.freeze_last_layer_epochs")
 
 # Settings that may differ between the sittings of one run: they change where and how it runs, not what comes out.
 FREE_TO_CHANGE = (
@@ -156,6 +160,8 @@ def allowed(hint: Any) -> str:
     """What a setting may be, in words: "a whole number, at least 1"."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if hint == Duration:
+        return 'epochs, such as 100, or a length such as "5000 steps" or "2M images"'
     base, *bounds = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     parts = [words.get(base, "two numbers in brackets, such as [0.1, 1]")]
@@ -172,8 +178,17 @@ def check(recipe: Recipe) -> None:
         value = look_up(recipe, name)
         if typing.get_origin(hint) is Annotated and not all(_within(value, bound) for bound in hint.__metadata__):
             raise UsageError(f"{name} = {value}: expected {allowed(hint)}")
+        if hint == Duration:
+            _check_duration(name, value)
     for broken in contradictions(recipe):
         raise UsageError(broken)
+
+
+def _check_duration(name: str, value: Duration) -> None:
+    try:
+        parse(value)
+    except ValueError as error:
+        raise UsageError(f"{name}: {error}") from error
 
 
 def _within(value: float, bound: Ge | Gt | Le) -> bool:
@@ -206,8 +221,12 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
             )
     if recipe.data.decode == "torch" and recipe.data.decode_device == "gpu":
         yield "data.decode_device = gpu goes with data.decode = dali only (or auto): torch decodes on the CPU"
-    for name in ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs"):
-        if look_up(recipe, name) > recipe.epochs:
+    whole = parse(recipe.epochs)
+    if not whole.number:
+        yield f"epochs = {recipe.epochs}: a run of no length; give it one"
+    for name in PARTS_OF_THE_RUN:
+        part = parse(look_up(recipe, name))  # in another unit only the data tell: see Schedules
+        if part.unit == whole.unit and part.number > whole.number:
             yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Gt, Le
 from torch import Tensor
 
+from dino_fast.durations import Duration
 from dino_fast.sync_batchnorm import world_size
 
 
@@ -21,8 +22,8 @@ class LossRecipe:
     """temperature of the teacher's softmax after its warm-up"""
     warmup_teacher_temp: Annotated[float, Gt(0)] = 0.04
     """temperature of the teacher's softmax in the first epoch"""
-    warmup_teacher_temp_epochs: Annotated[int, Ge(0)] = 0
-    """epochs over which the teacher's temperature goes from the one to the other"""
+    warmup_teacher_temp_epochs: Duration = 0
+    """how long the teacher's temperature goes from the one to the other, a step an epoch"""
     center_momentum: Annotated[float, Ge(0), Le(1)] = 0.9
     """share of the centre that one step keeps"""
 

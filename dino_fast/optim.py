@@ -13,6 +13,8 @@ from annotated_types import Ge, Le
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dino_fast.durations import Duration
+
 
 @dataclass(frozen=True)
 class OptimRecipe:
@@ -24,16 +26,16 @@ class OptimRecipe:
     """peak learning rate for a global batch of 256 images; scaled linearly to the batch in use"""
     min_lr: Annotated[float, Ge(0)] = 1e-6
     """learning rate that the cosine ends at; not scaled"""
-    warmup_epochs: Annotated[int, Ge(0)] = 10
-    """epochs over which the learning rate rises from 0 to its peak"""
+    warmup_epochs: Duration = 10
+    """how long the learning rate rises from 0 to its peak"""
     weight_decay: Annotated[float, Ge(0)] = 1e-4
     """weight decay at the first step; biases and norms are always spared"""
     weight_decay_end: Annotated[float, Ge(0)] = 1e-4
     """weight decay that its cosine ends at"""
     clip_grad: Annotated[float, Ge(0)] = 3.0
     """largest gradient norm of each parameter tensor; 0 does not clip"""
-    freeze_last_layer_epochs: Annotated[int, Ge(0)] = 1
-    """first epochs in which the head's last layer is not trained"""
+    freeze_last_layer_epochs: Duration = 1
+    """how long the head's last layer is not trained at the start"""
     ema_momentum: Annotated[float, Ge(0), Le(1)] = 0.996
     """share of itself that the teacher keeps at the first step; rises to 1 along a cosine"""
 

@@ -8,8 +8,11 @@ the teacher temperature).
 import math
 from dataclasses import dataclass
 
+from dino_fast.config import PARTS_OF_THE_RUN, Recipe, look_up
+from dino_fast.durations import Duration, to_steps
 from dino_fast.loss import LossRecipe
 from dino_fast.optim import OptimRecipe
+from shards.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -24,26 +27,32 @@ class Hyper:
     freeze_last_layer: bool
 
 
-@dataclass(frozen=True)
 class Schedules:
-    """The schedules of one run. `lr` is the peak rate, already scaled to the global batch (`scaled_lr`).
+    """The schedules of one run of a recipe over data of `steps_per_epoch` steps: here all its lengths become steps.
 
-    Raises ValueError if the run has no step.
+    Raises UserError if the run has no step, or one of its phases is longer than itself.
     """
 
-    optim: OptimRecipe
-    loss: LossRecipe
-    lr: float
-    epochs: int
-    steps_per_epoch: int
+    def __init__(self, recipe: Recipe, steps_per_epoch: int) -> None:
+        self.recipe, self.steps_per_epoch = recipe, steps_per_epoch
+        self.lr = scaled_lr(recipe.optim, recipe.batch_size)
+        """peak learning rate at the recipe's batch"""
+        self.total_steps = self.steps(recipe.epochs)
+        self.warmup_steps = self.steps(recipe.optim.warmup_epochs)
+        self.frozen_steps = self.steps(recipe.optim.freeze_last_layer_epochs)
+        self.temperature_epochs = -(-self.steps(recipe.loss.warmup_teacher_temp_epochs) // max(1, steps_per_epoch))
+        if not self.total_steps or not steps_per_epoch:
+            raise UserError(f"epochs = {recipe.epochs} of {steps_per_epoch} steps is a run without a step")
+        for name in PARTS_OF_THE_RUN:
+            if self.steps(look_up(recipe, name)) > self.total_steps:
+                raise UserError(
+                    f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}, with {steps_per_epoch} "
+                    "steps an epoch: lower it"
+                )
 
-    def __post_init__(self) -> None:
-        if self.total_steps < 1:
-            raise ValueError(f"a run of {self.epochs} epochs of {self.steps_per_epoch} steps has nothing to schedule")
-
-    @property
-    def total_steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+    def steps(self, duration: Duration) -> int:
+        """Of a length of the recipe."""
+        return to_steps(duration, self.steps_per_epoch, self.recipe.batch_size)
 
     def epoch(self, step: int) -> int:
         """The epoch, from 0, that `step`, from 0, belongs to."""
@@ -53,13 +62,13 @@ class Schedules:
         """The settings of `step`. Raises ValueError for a step outside the run."""
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step {step} is outside this run of {self.total_steps} steps")
-        optim, total = self.optim, self.total_steps
+        optim, loss, total = self.recipe.optim, self.recipe.loss, self.total_steps
         return Hyper(
-            lr=warmup_cosine(step, total, optim.warmup_epochs * self.steps_per_epoch, self.lr, optim.min_lr),
+            lr=warmup_cosine(step, total, self.warmup_steps, self.lr, optim.min_lr),
             weight_decay=cosine(step, total, optim.weight_decay, optim.weight_decay_end),
             momentum=cosine(step, total, optim.ema_momentum, 1.0),
-            teacher_temp=teacher_temperature(self.epoch(step), self.loss),
-            freeze_last_layer=self.epoch(step) < optim.freeze_last_layer_epochs,
+            teacher_temp=teacher_temperature(self.epoch(step), self.temperature_epochs, loss),
+            freeze_last_layer=step < self.frozen_steps,
         )
 
 
@@ -87,8 +96,8 @@ def warmup_cosine(step: int, steps: int, warmup: int, peak: float, end: float) -
     return cosine(step - warmup, steps - warmup, peak, end)
 
 
-def teacher_temperature(epoch: int, recipe: LossRecipe) -> float:
+def teacher_temperature(epoch: int, warmup_epochs: int, recipe: LossRecipe) -> float:
     """The teacher's temperature of `epoch`: linear over the warm-up epochs, then constant."""
-    if epoch < recipe.warmup_teacher_temp_epochs:
-        return linspace(epoch, recipe.warmup_teacher_temp_epochs, recipe.warmup_teacher_temp, recipe.teacher_temp)
+    if epoch < warmup_epochs:
+        return linspace(epoch, warmup_epochs, recipe.warmup_teacher_temp, recipe.teacher_temp)
     return recipe.teacher_temp

@@ -14,7 +14,7 @@ import torch
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
-from dino_fast.schedules import Schedules, scaled_lr
+from dino_fast.schedules import Schedules
 from dino_fast.train import DTYPES, build_step, compile_step
 from dino_fast.verdict import AUGMENT, COLD, DALI_CPU, DALI_GPU, LOADER, STEP, TORCH, WARM
 from pipelines.crops import windows
@@ -174,8 +174,7 @@ def steps(run: Run) -> Work:
         torch.set_float32_matmul_precision("high")
     step = build_step(recipe, run.ranks)
     compile_step(recipe, run.ranks, step)
-    rate, per_epoch = scaled_lr(recipe.optim, recipe.batch_size), run.loader.order.steps_per_epoch
-    at = Schedules(recipe.optim, recipe.loss, rate, recipe.epochs, per_epoch).at(0)
+    at = Schedules(recipe, run.loader.order.steps_per_epoch).at(0)
     globals_, *locals_ = (views.normal_() for views in _empty_views(run))
     while True:
         step(globals_, locals_[0] if locals_ else None, at)

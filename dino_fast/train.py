@@ -22,7 +22,7 @@ from dino_fast.distributed import Ranks, join, parallel
 from dino_fast.graphed import GraphedStep
 from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
-from dino_fast.schedules import Schedules, scaled_lr
+from dino_fast.schedules import Schedules
 from dino_fast.step import TrainStep, build_student_teacher
 from dino_fast.update import KernelUpdate
 from pipelines.loader import Loader, open_index
@@ -52,19 +52,13 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     step = build_step(recipe, ranks)
     compiling = compile_step(recipe, ranks, step)
     run_step = recorded(recipe, ranks, step)
-    schedules = Schedules(
-        recipe.optim,
-        recipe.loss,
-        scaled_lr(recipe.optim, recipe.batch_size),
-        recipe.epochs,
-        loader.order.steps_per_epoch,
-    )
+    schedules = Schedules(recipe, loader.order.steps_per_epoch)
 
     # ---- Where to start, where to stop
     start, notes = resume(recipe, ranks, step, index.fingerprint)
     stop = min(recipe.max_steps or schedules.total_steps, schedules.total_steps)
-    every = recipe.checkpoint.every_steps or schedules.steps_per_epoch
-    milestone = recipe.checkpoint.keep_every_epochs * schedules.steps_per_epoch
+    every = max(1, schedules.steps(recipe.checkpoint.every))
+    milestone = schedules.steps(recipe.checkpoint.keep_every)
 
     # ---- The loop
     with Monitor(

@@ -23,8 +23,10 @@ from dino_fast.config import Recipe, read_recipe
 from dino_fast.demo.draw import PATTERNS, draw_dataset
 from dino_fast.demo.own import Survey, cleared, stage, survey
 from dino_fast.distributed import join
+from dino_fast.durations import Duration
 from dino_fast.evaluate.features import load_backbone
 from dino_fast.evaluate.knn import knn_score
+from dino_fast.schedules import Schedules
 from dino_fast.train import build_step, claimed, train
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -175,22 +177,21 @@ def recipe_of(home: Path, options: argparse.Namespace) -> Recipe:
 
 
 def fitted(recipe: Recipe, pictures: int, steps: int | None) -> Recipe:
-    """The recipe for another number of pictures: about as many steps, whole batches, the same share of warm-up."""
-    whole = DRAWN * len(PATTERNS)
-    batch = min(recipe.batch_size, pictures)
-    wanted = recipe.epochs * (whole // recipe.batch_size)
-    epochs = max(1, round(wanted / (pictures // batch)))
+    """The recipe for another number of pictures: as many steps, of them as many to warm up, and whole batches."""
+    drawn = Schedules(recipe, DRAWN * len(PATTERNS) // recipe.batch_size)
 
-    def share(of: int) -> int:
-        return min(epochs, round(of * epochs / recipe.epochs))
+    def as_many(duration: Duration) -> Duration:
+        return f"{drawn.steps(duration)} steps"
 
     optim = dataclasses.replace(
         recipe.optim,
-        warmup_epochs=share(recipe.optim.warmup_epochs),
-        freeze_last_layer_epochs=share(recipe.optim.freeze_last_layer_epochs),
+        warmup_epochs=as_many(recipe.optim.warmup_epochs),
+        freeze_last_layer_epochs=as_many(recipe.optim.freeze_last_layer_epochs),
     )
-    loss = dataclasses.replace(recipe.loss, warmup_teacher_temp_epochs=share(recipe.loss.warmup_teacher_temp_epochs))
-    saves = dataclasses.replace(recipe.checkpoint, every_steps=wanted)
+    loss = dataclasses.replace(recipe.loss, warmup_teacher_temp_epochs=as_many(recipe.loss.warmup_teacher_temp_epochs))
+    epochs = as_many(recipe.epochs)
+    saves = dataclasses.replace(recipe.checkpoint, every=epochs)
+    batch = min(recipe.batch_size, pictures)
     return dataclasses.replace(
         recipe, batch_size=batch, epochs=epochs, max_steps=steps or 0, optim=optim, loss=loss, checkpoint=saves
     )
@@ -198,7 +199,7 @@ def fitted(recipe: Recipe, pictures: int, steps: int | None) -> Recipe:
 
 def steps_of(recipe: Recipe, pictures: int) -> int:
     """How many steps the recipe runs for."""
-    total = recipe.epochs * (pictures // recipe.batch_size)
+    total = Schedules(recipe, pictures // recipe.batch_size).total_steps
     return min(recipe.max_steps or total, total)
 
 

@@ -37,7 +37,7 @@ def labelled_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 TINY = (
     "--config", str(ROOT / "configs" / "debug.yaml"), "--batch_size", "8", "--epochs", "4", "--max_steps", "12",
-    "--crops.global_size", "32", "--crops.local_size", "24", "--log_every", "1", "--checkpoint.every_steps", "3",
+    "--crops.global_size", "32", "--crops.local_size", "24", "--log_every", "1", "--checkpoint.every", "3 steps",
     "--head.hidden_dim", "32", "--head.bottleneck_dim", "16", "--head.out_dim", "32", "--device", "cpu",
     "--data.threads", "1",
 )  # fmt: skip

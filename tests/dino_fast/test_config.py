@@ -50,6 +50,7 @@ def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path
     file.write_text("epochs: 17\ncrops: {locals: 3}\noptim: {lr: 1e-3}\n")
     recipe = read_recipe(["--config", str(file), "--crops.locals", "5", "--crops.global_scale=[0.2, 1]"])
     assert (recipe.epochs, recipe.crops.locals, recipe.optim.lr) == (17, 5, 1e-3)
+    assert read_recipe(["--epochs", "5000 steps", "--optim.warmup_epochs", "0.5"]).epochs == "5000 steps"
     assert recipe.crops.global_scale == (0.2, 1.0)
     assert recipe.crops.global_size == 224
 
@@ -71,6 +72,11 @@ def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path
         ("--augment.blur_sigma=[0,2]", "augment.blur_sigma"),
         ("--loss.teacher_temp=0.2", "the teacher must be the sharper one"),
         ("--data={decode: torch, decode_device: gpu}", "goes with data.decode = dali only (or auto)"),
+        (
+            "--optim.freeze_last_layer_epochs=5 stepz",
+            "optim.freeze_last_layer_epochs: expected epochs, such as 100, or a",
+        ),
+        ("--epochs=0", "a run of no length"),
         ("--optim.warmup_epochs=200", "optim.warmup_epochs = 200 is more than epochs = 100"),
         ("--config=nowhere.yaml", "nowhere.yaml"),
     ],

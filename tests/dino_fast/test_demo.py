@@ -15,6 +15,7 @@ from dino_fast.config import Recipe
 from dino_fast.demo import own
 from dino_fast.demo.__main__ import DRAWN, RECIPE, fitted, main, recipe_of, steps_of
 from dino_fast.demo.draw import PATTERNS
+from dino_fast.schedules import Schedules
 from shards.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,13 +147,13 @@ def test_copies_are_small_upright_rgb(tmp_path: Path) -> None:
 def test_the_recipe_is_fitted_to_the_number_of_pictures(tmp_path: Path) -> None:
     recipe = read(tmp_path)
     whole = DRAWN * len(PATTERNS)
-    assert fitted(recipe, whole, None).epochs == recipe.epochs
     wanted = steps_of(recipe, whole)
     for pictures_ in (16, 40, 100, 700, 1600):
         fit = fitted(recipe, pictures_, None)
         assert fit.batch_size <= pictures_
-        assert wanted * 0.8 <= steps_of(fit, pictures_) <= wanted * 1.2
-        assert fit.optim.warmup_epochs <= fit.epochs
+        assert steps_of(fit, pictures_) == wanted
+        schedules = Schedules(fit, pictures_ // fit.batch_size)
+        assert schedules.warmup_steps == Schedules(recipe, whole // recipe.batch_size).warmup_steps
     assert steps_of(fitted(recipe, 100, 7), 100) == 7
 
 

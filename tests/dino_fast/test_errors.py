@@ -97,7 +97,7 @@ def test_all_checkpoints_damaged(refused, train_here, tmp_path: Path, capsys):
 
 
 def test_a_nan_is_no_checkpoint(refused, tmp_path: Path):
-    options = ("--optim.lr", "1e38", "--optim.clip_grad", "0", "--checkpoint.every_steps", "1")
+    options = ("--optim.lr", "1e38", "--optim.clip_grad", "0", "--checkpoint.every", "1 step")
     line = refused(*options)
     assert "are not finite: lower --optim.lr" in line
     for path in (tmp_path / "run").glob("step-*.pt"):

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dino_fast.config import Recipe
 from dino_fast.head import HeadRecipe
 from dino_fast.loss import LossRecipe
 from dino_fast.optim import OptimRecipe, build_optimizer
@@ -78,7 +79,9 @@ def _schedules(config: dict[str, Any]) -> Schedules:
         warmup_teacher_temp_epochs=config["warmup_teacher_temp_epochs"],
         center_momentum=config["center_momentum"],
     )
-    return Schedules(optim, loss, config["lr"], config["epochs"], config["steps_per_epoch"])
+    # At this batch the rate is the one given: the published runs' is scaled already.
+    recipe = Recipe(batch_size=256, epochs=config["epochs"], optim=optim, loss=loss)
+    return Schedules(recipe, config["steps_per_epoch"])
 
 
 def _train_step(
@@ -93,8 +96,8 @@ def _train_step(
     for network in (student, teacher):
         # The float64 convolutions of the CPU take 1.5 times as long channels-last.
         _fill(network.to(dtype).to(memory_format=torch.contiguous_format))
-    optimizer = build_optimizer(schedules.optim, student)
-    return TrainStep(student, teacher, optimizer, schedules.loss, schedules.optim.clip_grad, **options)
+    optimizer = build_optimizer(schedules.recipe.optim, student)
+    return TrainStep(student, teacher, optimizer, schedules.recipe.loss, schedules.recipe.optim.clip_grad, **options)
 
 
 def _fill(network: nn.Module) -> None:

@@ -107,7 +107,7 @@ def test_two_ranks_are_one_with_the_same_global_batch(run, tmp_path: Path):
 def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path: Path, ranks: int):
     """kill -9 of all processes, in turn while a checkpoint is being written and some steps after one."""
     moments = random.Random(ranks)
-    options = ("--max_steps", "100", "--epochs", "20", "--checkpoint.every_steps", "2")
+    options = ("--max_steps", "100", "--epochs", "20", "--checkpoint.every", "2 steps")
     status, _, errors = run(*options, output="whole", ranks=ranks).finish()
     assert status == 0, errors
     output, kills, during = tmp_path / "killed", 0, 0
@@ -153,7 +153,7 @@ def test_two_ranks_resume(run, tmp_path: Path):
 
 
 def test_milestones_are_saved_and_kept_whatever_else_is(train_here, tmp_path: Path):
-    options = ("--checkpoint.every_steps", "4", "--checkpoint.keep", "1", "--checkpoint.keep_every_epochs", "1")
+    options = ("--checkpoint.every", "4 steps", "--checkpoint.keep", "1", "--checkpoint.keep_every", "1")
     assert train_here(tmp_path / "run", *options) == 0  # five steps an epoch
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / "run")] == [5, 10, 12]
 
