@@ -6,16 +6,20 @@ a temporary name, synced, and renamed, so a file under its final name is whole, 
 
 import os
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from shards.errors import UserError
 from shards.layout import file_sha256
 from shards.output import sync_folder
 
 FORMAT = 1
+PAUSES = (10.0, 60.0, 300.0)  # seconds before a write that failed is tried again
 _NAME = re.compile(r"step-(\d{8,})-([0-9a-f]{16})\.pt")
 
 
@@ -42,6 +46,122 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
             "check permissions, and run the same command again: the checkpoint before is good"
         ) from error
     return final
+
+
+class Writer:
+    """Writes a run's checkpoints beside its steps: the state is copied at once, a thread writes the copy.
+
+    One at a time, each pruning those before. A write that fails leaves the ones before as they are; it is tried again
+    after a while, or the next checkpoint instead of it.
+    """
+
+    def __init__(self, folder: Path, keep: int, keep_every: int, say: Callable[[str], None]) -> None:
+        """keep and keep_every (steps): as in `prune`; say: prints a line, from any thread."""
+        self._folder, self._keep, self._keep_every, self._say = folder, keep, keep_every, say
+        self._changed = threading.Condition()
+        self._next: tuple[int, Any] | None = None
+        self._busy = self._writing = self._closed = False
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Have the checkpoint of `step` written. Waits while the one before is being written."""
+        copied = _Copy(state)
+        with self._changed:
+            self._changed.wait_for(lambda: not self._writing)
+            self._next = step, copied
+            self._changed.notify_all()
+
+    def drain(self) -> None:
+        """Wait until nothing is left to write, or to try again."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy and self._next is None)
+
+    def close(self) -> None:
+        """Write what is left. Raises what kept the newest checkpoint from being written."""
+        self.drain()
+        self._stop()
+        if self._error is not None:
+            raise self._error
+
+    def abandon(self) -> None:
+        """Write what is left, without trying again, and raise nothing: after another error."""
+        self._stop()
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._next is not None or self._closed)
+                if self._next is None:
+                    return
+                (step, state), self._next = self._next, None
+                self._busy = True
+            self._write(step, state)
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    def _write(self, step: int, state: "_Copy") -> None:
+        for pause in (*PAUSES, None):
+            self._error = self._written(step, state)
+            if self._error is None:
+                return
+            again = "" if pause is None else f"; it is tried again in {pause:.0f} s, and the run goes on"
+            self._say(f"{self._error}{again}")
+            with self._changed:
+                if self._changed.wait_for(lambda: self._next is not None or self._closed, pause or 0):
+                    return
+
+    def _written(self, step: int, state: "_Copy") -> Exception | None:
+        with self._changed:
+            self._writing = True
+        try:
+            save(self._folder, step, state.get())
+            prune(self._folder, self._keep, self._keep_every)
+        except Exception as error:  # whatever it is, it must not end with the thread unseen
+            return error
+        finally:
+            with self._changed:
+                self._writing = False
+                self._changed.notify_all()
+        return None
+
+
+class _Copy:
+    """A state as it is now, copied to the host; from a GPU the copies are under way, in the stream's order."""
+
+    def __init__(self, state: Any) -> None:
+        self._state = _mapped(state)
+        self._done = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if self._done is not None:
+            self._done.record()
+
+    def get(self) -> Any:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._state
+
+
+def _mapped(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach().clone() if value.device.type == "cpu" else _to_host(value)
+    if isinstance(value, dict):
+        return {name: _mapped(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_mapped(item) for item in value)
+    return value
+
+
+def _to_host(value: Tensor) -> Tensor:
+    pinned = torch.empty_like(value, device="cpu", pin_memory=True)
+    return pinned.copy_(value.detach(), non_blocking=True)
 
 
 def load(path: Path) -> dict[str, Any]:

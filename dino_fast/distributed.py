@@ -17,9 +17,6 @@ from shards.errors import UserError
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Long enough for rank 0 to write a checkpoint, short enough that a dead rank does not hold the others for hours.
-TIMEOUT = timedelta(minutes=10)
-
 
 @dataclass(frozen=True)
 class Ranks:
@@ -36,8 +33,10 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join(device: str) -> Iterator[Ranks]:
+def join(device: str, timeout: float = 600) -> Iterator[Ranks]:
     """Join the other ranks that torchrun started, if any; `device` is "auto", "cpu" or "cuda".
+
+    Ranks wait for each other `timeout` seconds at the most.
 
     Raises UserError where "cuda" is asked for and there is none.
     """
@@ -49,10 +48,16 @@ def join(device: str) -> Iterator[Ranks]:
         yield Ranks(0, 1, chosen)
         return
     on_gpu = chosen.type == "cuda"
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=chosen if on_gpu else None)
+    backend, limit = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout)
+    dist.init_process_group(backend, timeout=limit, device_id=chosen if on_gpu else None)
     yield Ranks(rank, world, chosen)
     # Not after an error: there it would wait for ranks that wait for this one, before a line is printed.
     dist.destroy_process_group()
+
+
+def lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank was silent or gone. gloo has no error of its own for that."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:

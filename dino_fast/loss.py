@@ -99,7 +99,8 @@ def teacher_mean(teacher_logits: Tensor) -> Tensor:
 
 
 class CenterUpdate:
-    """Moves `center` [1, K] in place towards the mean of all ranks' teacher means [1, K] (of equally many rows each).
+    """Moves `center` [1, K] in place towards the mean of all ranks' teacher means [1, K] (of equally many rows each),
+    unless that is not finite.
 
     The ranks' sum is under way from the start; `finish` waits for it (on a GPU its stream does) and moves the centre.
     """
@@ -113,7 +114,9 @@ class CenterUpdate:
         if self._sum is not None:
             self._sum.wait()
             self._mean /= world_size()
-        self._center.mul_(self._momentum).add_(self._mean, alpha=1 - self._momentum)
+        moved = self._center * self._momentum + self._mean * (1 - self._momentum)
+        # One bad batch must not stay in the centre for good. The ranks' mean is the same on all of them.
+        self._center.copy_(torch.where(self._mean.isfinite().all(), moved, self._center))
 
 
 @torch.no_grad()

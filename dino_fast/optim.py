@@ -129,14 +129,16 @@ def set_hyper(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     """Shrink, in place, each gradient that is longer than `max_norm` (0: none) to about that length, each by itself.
 
-    Returns the norm of all gradients together before that, a scalar on their device. A model has at least one gradient.
+    Returns their norms before that, [parameters] on their device, 0 where there is none. A model has at least one.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
-    norms = torch.stack(torch._foreach_norm(grads))
+    found = [p.grad for p in parameters]
+    grads = [grad for grad in found if grad is not None]
+    norms = torch._foreach_norm(grads)
     if max_norm > 0:
-        shrink = (max_norm / (norms + 1e-6)).clamp(max=1.0)
+        shrink = (max_norm / (torch.stack(norms) + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(grads, list(shrink.unbind()))
-    return torch.linalg.vector_norm(norms)
+    none, known = torch.zeros_like(norms[0]), iter(norms)
+    return torch.stack([none if grad is None else next(known) for grad in found])
 
 
 @torch.no_grad()

@@ -58,13 +58,16 @@ class Schedules:
         """The epoch, from 0, that `step`, from 0, belongs to."""
         return step // self.steps_per_epoch
 
-    def at(self, step: int) -> Hyper:
-        """The settings of `step`. Raises ValueError for a step outside the run."""
+    def at(self, step: int, rollbacks: int = 0) -> Hyper:
+        """The settings of `step`; each of the `rollbacks` that led here halves the learning rate.
+
+        Raises ValueError for a step outside the run.
+        """
         if not 0 <= step < self.total_steps:
             raise ValueError(f"step {step} is outside this run of {self.total_steps} steps")
         optim, loss, total = self.recipe.optim, self.recipe.loss, self.total_steps
         return Hyper(
-            lr=warmup_cosine(step, total, self.warmup_steps, self.lr, optim.min_lr),
+            lr=warmup_cosine(step, total, self.warmup_steps, self.lr, optim.min_lr) * 0.5**rollbacks,
             weight_decay=cosine(step, total, optim.weight_decay, optim.weight_decay_end),
             momentum=cosine(step, total, optim.ema_momentum, 1.0),
             teacher_temp=teacher_temperature(self.epoch(step), self.temperature_epochs, loss),

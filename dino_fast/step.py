@@ -18,6 +18,7 @@ from dino_fast.backbones import build_backbone
 from dino_fast.half_weights import keep_half_weights
 from dino_fast.head import DinoHead, HeadRecipe
 from dino_fast.loss import CenterUpdate, LossRecipe, Objective, objective
+from dino_fast.parts import PartClock
 from dino_fast.schedules import Hyper
 from dino_fast.sync_batchnorm import convert_sync_batchnorm
 from dino_fast.update import KernelUpdate, LossScale, TorchUpdate, Update
@@ -57,13 +58,14 @@ def build_student_teacher(backbone: str, head: HeadRecipe) -> tuple[MultiCropMod
 
 
 class StepOutput(NamedTuple):
-    """What a step leaves to log: scalars on the device, of this rank's batch."""
+    """What a step leaves to log, on the device: scalars of this rank's batch, and the fields of `Updated`."""
 
     loss: Tensor
     teacher_entropy: Tensor
     """in nats, of the teacher's targets"""
     grad_norm: Tensor
-    """of all gradients together, before clipping"""
+    skipped: Tensor
+    grad_norms: Tensor
 
 
 class TrainStep:
@@ -95,6 +97,7 @@ class TrainStep:
         self.center = prototypes.new_zeros(1, len(prototypes))  # [1, K]
         self.forget_gradients = True  # between steps; False: their memory stays where it is
         self.loss_scale = LossScale(self.center.device) if precision == "fp16" else None
+        self.clock = PartClock(self.center.device)
         self._side = torch.cuda.Stream(self.center.device) if teacher_aside else None
         frozen = self.bare_student.head.last_layer.parameters()
         ends = optimizer, self.bare_student, teacher, clip_grad, frozen
@@ -132,6 +135,7 @@ class TrainStep:
 
     def run(self, globals_: Tensor, locals_: Tensor | None, settings: Any) -> StepOutput:
         """One update, as `__call__`. With kernels it launches work only, so that a CUDA graph can record it."""
+        self.clock.start()
         parts = split_batch(globals_, locals_, self.accumulate)
         self.optimizer.zero_grad(set_to_none=self.forget_gradients)
         found: list[Objective] = []
@@ -142,11 +146,14 @@ class TrainStep:
                 if last:  # the ranks' sum runs beside the backward pass
                     mean = torch.stack([one.teacher_mean for one in found]).mean(0)
                     center = CenterUpdate(self.center, mean, self.loss.center_momentum)
+                self.clock.mark("forward")
                 self._backward(found[-1].loss / len(parts))
+                self.clock.mark("backward")
         center.finish()
-        grad_norm = self.update(settings, self.loss_scale)
+        updated = self.update(settings, self.loss_scale)
+        self.clock.mark("update")
         loss = torch.stack([one.loss.detach() for one in found]).mean()
-        return StepOutput(loss, torch.stack([one.teacher_entropy for one in found]).mean(), grad_norm)
+        return StepOutput(loss, torch.stack([one.teacher_entropy for one in found]).mean(), *updated)
 
     def _apart(self) -> contextlib.AbstractContextManager[None]:
         """Gradients stay this rank's own: they are averaged over the ranks with the last part's."""

@@ -45,14 +45,25 @@ class LossScale:
         self._good.copy_(torch.as_tensor(state["_growth_tracker"]))
 
 
+class Updated(NamedTuple):
+    """What an update leaves to log: float32 tensors on the device."""
+
+    grad_norm: Tensor
+    """of all gradients together, unscaled, before clipping: a scalar"""
+    skipped: Tensor
+    """1 where a gradient was not finite and the student has stayed as it was, else 0: a scalar"""
+    grad_norms: Tensor
+    """of each of the student's parameters, in their order, 0 without a gradient: [parameters]"""
+
+
 class Update(Protocol):
     """How a step ends."""
 
     def settings(self, hyper: Hyper) -> Any:
         """The step's settings in the form that `__call__` takes; `teacher_temp` is one of its fields."""
 
-    def __call__(self, settings: Any, scale: LossScale | None) -> Tensor:
-        """One update by the gradients that the student's parameters hold; their norm before clipping, a scalar."""
+    def __call__(self, settings: Any, scale: LossScale | None) -> Updated:
+        """One update by the gradients that the student's parameters hold."""
 
     def loaded(self) -> None:
         """To be called after the optimizer or a network has loaded a state."""
@@ -61,8 +72,8 @@ class Update(Protocol):
 class TorchUpdate:
     """Clips per tensor, steps the optimizer and averages the teacher with torch's foreach operations.
 
-    `frozen` are left alone while the settings freeze the last layer. With a loss scale the host reads whether the
-    gradients were finite, the one wait in a step; where they were not, the student stays.
+    `frozen` are left alone while the settings freeze the last layer. The host reads whether the gradients were finite,
+    the one wait in a step; where they were not, the student stays.
     """
 
     def __init__(
@@ -77,21 +88,23 @@ class TorchUpdate:
     def loaded(self) -> None:
         pass
 
-    def __call__(self, settings: Hyper, scale: LossScale | None) -> Tensor:
+    def __call__(self, settings: Hyper, scale: LossScale | None) -> Updated:
         if scale is not None:
             self._unscale(scale)
-        norm = clip_gradients(self._student.parameters(), self._clip_grad)
+        norms = clip_gradients(self._student.parameters(), self._clip_grad)
+        norm = torch.linalg.vector_norm(norms)
+        finite = norm.isfinite()
         if settings.freeze_last_layer:
             # Without a gradient, rather than with a zero one, a tensor gets neither weight decay nor momentum.
             for parameter in self._frozen:
                 parameter.grad = None
         set_hyper(self._optimizer, settings.lr, settings.weight_decay)
-        if scale is None or norm.isfinite():
+        if finite:
             self._optimizer.step()
         if scale is not None:
-            scale.update(~norm.isfinite())
+            scale.update(~finite)
         ema_update(self._teacher, self._student, settings.momentum)
-        return norm
+        return Updated(norm, (~finite).to(norm.dtype), norms)
 
     @torch.no_grad()
     def _unscale(self, scale: LossScale) -> None:
@@ -134,8 +147,8 @@ class KernelUpdate:
     def loaded(self) -> None:
         self._fused.bind()
 
-    def __call__(self, settings: DeviceHyper, scale: LossScale | None) -> Tensor:
+    def __call__(self, settings: DeviceHyper, scale: LossScale | None) -> Updated:
         done = self._fused(settings.values, None if scale is None else scale.scale.reciprocal())
         if scale is not None:
-            scale.update(done.found_inf)
-        return done.grad_norm
+            scale.update(done.skipped)
+        return done

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from dino_fast.optim import LARS
 from dino_fast.schedules import Hyper
+from dino_fast.update import Updated
 
 BLOCK = tl.constexpr(1024)  # values that a program has in registers at a time, of each tensor it reads
 CHUNK = tl.constexpr(8192)  # values a program
@@ -40,15 +41,6 @@ COEFFICIENTS = tl.constexpr(5)
 
 _HALVES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 AS_WRITTEN = {"enable_fp_fusion": False}  # each operation rounds, as in torch
-
-
-class Updated(NamedTuple):
-    """What an update leaves to log: float32 scalars on the device."""
-
-    grad_norm: Tensor
-    """of all gradients together, unscaled, before clipping"""
-    found_inf: Tensor
-    """1 where a gradient was not finite and the student has stayed as it was, else 0"""
 
 
 class _Rule(NamedTuple):
@@ -116,7 +108,7 @@ class FusedUpdate:
         gradients = [_gradient(param) if param in self._groups else None for param in self._params]
         self._point_at(gradients)  # copies among them must outlive the launches
         inverse = self._one if inverse_scale is None else inverse_scale
-        outcome, chunks, rule = hyper.new_empty(2), len(self._chunks), self._rule
+        outcome, chunks, rule = hyper.new_empty(2 + len(self._params)), len(self._chunks), self._rule
         where = self._table, self._gradients
         with torch.cuda.device_of(hyper):
             _measure[(chunks,)](
@@ -131,7 +123,7 @@ class FusedUpdate:
                 *where, self._chunks, hyper, self._coefficients,
                 rule.adamw, rule.beta1, rule.beta2, rule.eps, self._half, self._aligned, **AS_WRITTEN,
             )  # fmt: skip
-        return Updated(outcome[0], outcome[1])
+        return Updated(outcome[0], outcome[1], outcome[2:])
 
     @torch.no_grad()
     def _renew_halves(self) -> None:
@@ -312,7 +304,7 @@ def _settle(
     ADAMW: tl.constexpr, LARS: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, ETA: tl.constexpr,
     MAX_NORM: tl.constexpr,
 ):  # fmt: skip
-    """Into `coefficients` [tensors, 5], a program a tensor: what `_move` has to know; into `outcome` the `Updated`.
+    """Into `coefficients` [tensors, 5], a program a tensor: what `_move` has to know; into `outcome` what is to log.
 
     Every program adds up what is not finite anywhere, for a launch would cost more. All in float64: these are few
     numbers, and 1 - β^step keeps its digits.
@@ -328,6 +320,7 @@ def _settle(
 
     first, end = tl.load(row + FIRST_CHUNK), tl.load(row + END_CHUNK)
     squares = _sum(sums + SQUARES * chunks, first, end)
+    tl.store(outcome + 2 + tensor, tl.sqrt(squares))
     clip = tl.full((), 1.0, tl.float64)
     if MAX_NORM > 0:
         clip = tl.minimum(MAX_NORM / (tl.sqrt(squares) + 1e-6), 1.0)

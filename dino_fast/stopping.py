@@ -1,0 +1,54 @@
+"""SIGTERM and SIGUSR1, by which clusters take a machine back: all ranks stop after the same step."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dino_fast.distributed import Ranks
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class StopSignal:
+    """Takes the two signals for as long as it is entered.
+
+    They may come twice, from torchrun and from whoever told torchrun, so that a second one must not end the process
+    while its checkpoint is being written.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self._asked = False
+        self._alone = ranks.world == 1
+        # Of its own, on CPUs: it must neither wait for the GPU's work nor mix with it.
+        self._group: Any = None if self._alone else dist.new_group(backend="gloo")
+        self._votes: torch.Tensor | None = None
+        self._vote: dist.Work | None = None
+
+    def __enter__(self) -> "StopSignal":
+        self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, _: int, __: FrameType | None) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """To be called by every rank after every step: whether to stop here, the same on all.
+
+        The ranks' votes of one step are counted while the next one runs, so the answer is a step old.
+        """
+        if self._alone:
+            return self._asked
+        stop = False
+        if self._vote is not None and self._votes is not None:
+            self._vote.wait()
+            stop = bool(self._votes.item())
+        self._votes = torch.tensor(float(self._asked))
+        self._vote = dist.all_reduce(self._votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return stop
