@@ -9,7 +9,9 @@ USAGE = """usage: dino-fast COMMAND ...
 
 commands:
   train   train a backbone with DINO on shards            (dino-fast train --help)
+  plan    what a recipe will do and cost, without a run   (dino-fast plan --help)
   knn     k-NN score of a checkpoint on labelled shards   (dino-fast knn --help)
+  linear  its score by linear classification              (dino-fast linear --help)
   doctor  find what limits a run on this machine          (dino-fast doctor --help)
 
 Shards are made with `make-shards pack SRC OUT`. Many GPUs: torchrun --nproc_per_node N -m dino_fast.train ...
@@ -23,8 +25,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dino_fast.train import main as train
 
         return train(rest)
-    if command == "knn":
-        return _knn(rest)
+    if command in ("knn", "linear"):
+        return _evaluate(command, rest)
+    if command == "plan":
+        from dino_fast.plan import main as plan
+
+        return plan(rest)
     if command == "doctor":
         from dino_fast.doctor import main as doctor
 
@@ -32,20 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    print(f"dino-fast: unknown command {command!r}: choose train, knn or doctor", file=sys.stderr)
+    print(f"dino-fast: unknown command {command!r}: choose train, plan, knn, linear or doctor", file=sys.stderr)
     return 2
 
 
-def _knn(arguments: Sequence[str]) -> int:
+def _evaluate(command: str, arguments: Sequence[str]) -> int:
     from dino_fast.evaluate.knn import knn_command
+    from dino_fast.evaluate.linear import linear_command
 
     try:
-        return knn_command(arguments)
+        return (knn_command if command == "knn" else linear_command)(arguments)
     except (UserError, OSError) as error:  # TimeoutError is an OSError
-        print(f"dino-fast knn: {error}", file=sys.stderr)
+        print(f"dino-fast {command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("dino-fast knn: stopped", file=sys.stderr)
+        print(f"dino-fast {command}: stopped", file=sys.stderr)
         return 130
 
 
