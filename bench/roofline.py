@@ -27,17 +27,15 @@ more. Left out: weights, the loss, the update, launches.
 import argparse
 import time
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from bench.timing import interleaved, records, report
-from dino_fast.backbones import build_backbone
 from dino_fast.config import Recipe
-from dino_fast.head import DinoHead
+from dino_fast.flops import flops_an_image, head_flops, step_convolutions
 from dino_fast.train import DTYPES
 from pipelines.crops import CropRecipe
 
@@ -64,62 +62,6 @@ TRAFFIC = {
 UNITS = {"bandwidth": "GB/s", "compute": "TFLOP/s", "images": "img/s"}
 
 Figures = dict[str, float]  # by the names of UNITS
-
-
-# The arithmetic of a step
-
-
-class Convolution(NamedTuple):
-    """One layer, for one picture of one size."""
-
-    flops: float  # of each of its kernels
-    elements: int  # read and written by each
-    kernels: int  # forward, by weight and by input: the first layer's input needs no gradient
-
-
-@cache
-def convolutions(backbone: str, side: int) -> tuple[Convolution, ...]:
-    """A backbone's layers at `side` pixels, in the order of its forward."""
-    found: list[Convolution] = []
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        flops = 2.0 * output.numel() * layer.get_parameter("weight")[0].numel()
-        found.append(Convolution(flops, inputs[0].numel() + output.numel(), 3 if found else 2))
-
-    with torch.device("meta"):
-        network, _ = build_backbone(backbone)
-        for layer in network.modules():
-            if isinstance(layer, nn.Conv2d):
-                layer.register_forward_hook(note)
-        network.eval()(torch.empty(1, 3, side, side))
-    return tuple(found)
-
-
-def step_convolutions(recipe: Recipe) -> list[tuple[int, Convolution]]:
-    """Every layer at each resolution, and how many of its kernels run for one image: of the student forward and
-    backward, of the teacher forward."""
-    crops = recipe.crops
-    layers = [(2 * layer.kernels + 2, layer) for layer in convolutions(recipe.backbone, crops.global_size)]
-    if crops.locals:
-        layers += [(crops.locals * layer.kernels, layer) for layer in convolutions(recipe.backbone, crops.local_size)]
-    return layers
-
-
-@cache
-def head_flops(recipe: Recipe) -> float:
-    """Of the heads' matrix products for one image."""
-    with torch.device("meta"):
-        _, width = build_backbone(recipe.backbone)
-        head = DinoHead(width, recipe.head)
-    weights = sum(layer.weight.numel() for layer in head.mlp.modules() if isinstance(layer, nn.Linear))
-    weights += head.last_layer.weight_v.numel()
-    return 2.0 * weights * (3 * recipe.crops.views + 2)
-
-
-@cache
-def flops_an_image(recipe: Recipe) -> float:
-    """Of one image's step: student forward and backward, teacher forward. Of convolutions and matrix products alone."""
-    return sum(count * layer.flops for count, layer in step_convolutions(recipe)) + head_flops(recipe)
 
 
 def rooflines(bandwidth: float, rate: float, recipe: Recipe) -> Figures:

@@ -11,7 +11,7 @@ line that says why. Figures of a round, over --steps steps:
 - images: a second;
 - step: ms; on a GPU between two events;
 - host: ms until the call of one step returns, the GPU being idle before it (GPU only);
-- compute: TFLOP/s of convolutions and matrix products, counted from the layers (`roofline.flops_an_image`);
+- compute: TFLOP/s of convolutions and matrix products, counted from the layers (`dino_fast/flops.py`);
 - memory: MB of the GPU's memory that the arm holds at its peak, its pictures included (GPU only);
 - ... roofline: percent of the bounds of `bench/roofline.py`, whose probes run in the same round (ResNet-50 only).
 
@@ -40,6 +40,7 @@ from dino_fast.backbones import BACKBONES
 from dino_fast.compiled import compile_backbones, why_not
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
+from dino_fast.flops import flops_an_image
 from dino_fast.graphed import GraphedStep
 from dino_fast.head import HeadRecipe
 from dino_fast.schedules import Hyper, scaled_lr
@@ -188,7 +189,7 @@ def allocated(device: torch.device) -> int:
 def one_round(arm: Arm, recipe: Recipe, device: torch.device, steps: int) -> Figures:
     figures = gpu_round(arm, steps) if device.type == "cuda" else cpu_round(arm, steps)
     images = 1e3 * recipe.batch_size / figures["step"]
-    return figures | {"images": images, "compute": images * roofline.flops_an_image(recipe) / 1e12}
+    return figures | {"images": images, "compute": images * flops_an_image(recipe) / 1e12}
 
 
 def cpu_round(arm: Arm, steps: int) -> Figures:
@@ -345,7 +346,7 @@ def described(recipe: Recipe, device: torch.device) -> str:
     return (
         f"{recipe.backbone}, 2×{crops.global_size} + {crops.locals}×{crops.local_size}, K = {recipe.head.out_dim}, "
         f"batches of {recipe.batch_size}, {recipe.precision} on {where}: "
-        f"{roofline.flops_an_image(recipe) / 1e9:.1f} GFLOP an image"
+        f"{flops_an_image(recipe) / 1e9:.1f} GFLOP an image"
     )
 
 

@@ -23,6 +23,7 @@ from bench.baselines import Network
 from bench.end_to_end import ALONE, FED, WARM_UP, Setting
 from bench.step import CLASSES, KINDS, PROBES, Arm, kernel_class
 from dino_fast.config import Recipe
+from dino_fast.flops import flops_an_image, head_flops
 from dino_fast.head import HeadRecipe
 from pipelines.crops import CropRecipe
 from shards.__main__ import main as make_shards
@@ -45,8 +46,8 @@ def test_the_rooflines_of_an_h200_are_those_once_derived():
 
 
 def test_an_image_is_93_gflop():
-    assert roofline.flops_an_image(RECIPE) == pytest.approx(93.0e9, rel=0.002)
-    assert roofline.head_flops(RECIPE) == pytest.approx(1.3e9, rel=0.03)
+    assert flops_an_image(RECIPE) == pytest.approx(93.0e9, rel=0.002)
+    assert head_flops(RECIPE) == pytest.approx(1.3e9, rel=0.03)
 
 
 @pytest.mark.parametrize("locals_", [0, 3])
@@ -60,7 +61,7 @@ def test_flops_are_those_that_torch_counts(locals_: int):
         with FlopCounterMode(display=False) as counter:
             teacher([globals_])
             student([globals_, small] if locals_ else [globals_]).sum().backward()
-    assert roofline.flops_an_image(recipe) == counter.get_total_flops()
+    assert flops_an_image(recipe) == counter.get_total_flops()
 
 
 @given(bandwidth=rates, rate=rates)
@@ -69,12 +70,12 @@ def test_less_traffic_is_faster_and_twice_the_machine_twice_as_fast(bandwidth: f
     assert found["eager"] < found["pointwise-fused"] < found["conv-fused"]
     twice = roofline.rooflines(2 * bandwidth, 2 * rate, RECIPE)
     assert twice == pytest.approx({name: 2 * images for name, images in found.items()})
-    assert max(found.values()) <= rate / roofline.flops_an_image(RECIPE) * 1.000001
+    assert max(found.values()) <= rate / flops_an_image(RECIPE) * 1.000001
 
 
 def test_the_limits_are_arithmetic_alone_and_traffic_alone():
     arithmetic = roofline.rooflines(1e30, 1e12, RECIPE)
-    assert arithmetic == pytest.approx(dict.fromkeys(roofline.TRAFFIC, 1e12 / roofline.flops_an_image(RECIPE)))
+    assert arithmetic == pytest.approx(dict.fromkeys(roofline.TRAFFIC, 1e12 / flops_an_image(RECIPE)))
     student, teacher = 2 + 6 * (96 / 224) ** 2, 2
     half, full = (roofline.rooflines(1e12, 1e30, replace(RECIPE, precision=p)) for p in ("bf16", "fp32"))
     for name, traffic in roofline.TRAFFIC.items():

@@ -1,0 +1,79 @@
+"""How a run looks while it is watched: a bar with figures on a terminal, elsewhere one plain line a log."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+REDRAWN = 2  # times a second; each takes the interpreter from the thread that runs the steps
+
+
+class Display:
+    """A rich progress bar on a terminal; elsewhere one plain line a log."""
+
+    def __init__(self, start: int, stop: int) -> None:
+        self._console, self._stop = Console(), stop
+        self._progress = _BarAndLines(
+            TextColumn("epoch {task.fields[epoch]}  step"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(),
+            TextColumn("ETA"), TimeRemainingColumn(), console=self._console, refresh_per_second=REDRAWN,
+            disable=not self._console.is_terminal, speed_estimate_period=300,
+        )  # fmt: skip
+        self._task = self._progress.add_task("", total=stop, completed=start, epoch="–", figures="")
+        self._progress.start()
+        self.restart(start)
+
+    def restart(self, start: int) -> None:
+        """Go on from step `start`."""
+        self._started, self._first = time.monotonic(), start
+        self.advance(start)
+
+    def advance(self, done: int) -> None:
+        """So many steps are done."""
+        self._progress.update(self._task, completed=done)
+
+    def show(self, done: int, epoch: str, row: dict[str, Any]) -> None:
+        """The figures of a logged row; `epoch` as in "3/100"."""
+        lines = pace(row), state(row)
+        self._progress.update(self._task, completed=done, epoch=epoch, figures="\n".join(lines))
+        if self._progress.disable:
+            left = (time.monotonic() - self._started) / (done - self._first) * (self._stop - done)
+            self.say(f"epoch {epoch}  step {done}/{self._stop}  {'  '.join(lines)}  ETA {left / 60:.1f} min")
+
+    def say(self, line: str) -> None:
+        """Print a line above the bar, as it is."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+class _BarAndLines(Progress):
+    """The bar above, the figures below: together they are wider than a terminal."""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        yield from (Text(task.fields["figures"]) for task in self.tasks)
+
+
+def pace(row: dict[str, Any]) -> str:
+    """Loss, and how fast the run goes."""
+    return (
+        f"loss {_number(row['loss'], '.4f')}  {row['images_per_s_per_gpu']:.1f} img/s per GPU  "
+        f"{row['images_per_s']:.1f} total  stall {100 * row['stall']:.1f} %"
+    )
+
+
+def state(row: dict[str, Any]) -> str:
+    """How it is doing: what there is to say."""
+    parts = [f"lr {row['lr']:.2e}", f"entropy {_number(row['teacher_entropy'], '.3f')}"]
+    parts += [f"grad norm {_number(row['grad_norm'], '.3g')}"]
+    parts += [f"MFU {100 * row['mfu']:.1f} %"] if row["mfu"] is not None else []
+    parts += [f"skipped {row['skipped_total']}"] if row["skipped_total"] else []
+    return "  ".join(parts)
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
