@@ -176,13 +176,22 @@ def load(path: Path) -> dict[str, Any]:
     except Damaged:
         raise
     except Exception as error:  # torch's reader raises nearly anything on foreign bytes
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{path} is not a checkpoint of dino-fast ({reason})") from error
-    if not isinstance(state, dict) or "format" not in state or "teacher" not in state.get("model", {}):
+        # torch's own words go on to advise loading it without safeguards.
+        raise UserError(
+            f"{path} is not a checkpoint of dino-fast: torch does not read it as tensors and plain data"
+        ) from error
+    if not _is_ours(state):
         raise UserError(f"{path} is not a checkpoint of dino-fast: it holds no teacher; pass a file that a run wrote")
     if state["format"] > FORMAT:
         raise UserError(f"{path} was written by a newer dino-fast (format {state['format']}): update dino-fast")
     return state
+
+
+def _is_ours(state: Any) -> bool:
+    kinds = {"format": int, "step": int, "recipe": dict, "model": dict}
+    if not isinstance(state, dict) or not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        return False
+    return isinstance(state["model"].get("teacher"), dict)
 
 
 def load_newest(folder: Path) -> tuple[dict[str, Any], list[Path]] | None:

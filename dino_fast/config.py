@@ -8,6 +8,7 @@ settings, and the nearest name to a misspelt key.
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # it exports by a list
 )
 
 from dino_fast.durations import Duration, parse
+from dino_fast.evaluate.online import KnnRecipe
 from dino_fast.head import HeadRecipe
 from dino_fast.loss import LossRecipe
 from dino_fast.optim import OptimRecipe
@@ -46,6 +48,17 @@ class CheckpointRecipe:
     """how many of the newest are kept"""
     keep_every: Duration = 0
     """how often one is kept for good; 0: none"""
+
+
+@dataclass(frozen=True)
+class HealthRecipe:
+    """What is done about a run whose figures are no numbers any more."""
+
+    max_skipped: Annotated[int, Ge(1)] = 50
+    """steps in a row that may be skipped, their gradients not being finite, before the run goes back to its last
+    checkpoint"""
+    rollbacks: Annotated[int, Ge(0)] = 3
+    """how often it may go back, each time on with half the learning rate; then it stops"""
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,14 @@ class Recipe:
     their parts) of at most 32 images, whose launches should take longer than their computing. Not measured yet"""
     log_every: Annotated[int, Ge(1)] = 50
     """steps between entries in the metrics"""
+    init_from: str = ""
+    """weights that a new run begins with: another run's folder or checkpoint, or a published .pth file"""
+    dump_crops: bool = False
+    """write the first batch's crops, as the networks see them, to crops.png in the output folder"""
+    wandb: str = ""
+    """project at Weights & Biases to log to, which takes the package wandb; empty: none"""
+    timeout: Annotated[int, Ge(1)] = 600
+    """seconds that ranks wait for each other before they give up"""
     accept_changes: bool = False
     """resume although the recipe or the data differ from the checkpoint's"""
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -88,13 +109,16 @@ class Recipe:
     loss: LossRecipe = field(default_factory=LossRecipe)
     optim: OptimRecipe = field(default_factory=OptimRecipe)
     checkpoint: CheckpointRecipe = field(default_factory=CheckpointRecipe)
+    health: HealthRecipe = field(default_factory=HealthRecipe)
+    knn: KnnRecipe = field(default_factory=KnnRecipe)
 
 
 PARTS_OF_THE_RUN = ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs", "optim.freeze_last_layer_epochs")
 
 # Settings that may differ between the sittings of one run: they change where and how it runs, not what comes out.
 FREE_TO_CHANGE = (
-    "output", "max_steps", "device", "compile", "graph", "log_every", "accept_changes", "checkpoint",
+    "output", "max_steps", "device", "compile", "graph", "log_every", "init_from", "dump_crops", "wandb", "timeout",
+    "accept_changes", "checkpoint", "health", "knn",
     "data.train", "data.threads", "data.prefetch", "data.max_bad_samples", "data.timeout", "data.hw_decoder_load",
     "data.size_hint", "data.cache", "data.cache_bytes",
 )  # fmt: skip
@@ -104,17 +128,24 @@ def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train") -> Reci
     """The recipe of a command line such as `--config FILE --crops.locals 6`. UsageError names what is wrong."""
     parser = build_parser(prog)
     try:
-        settings = vars(parser.instantiate(parser.parse_args(list(arguments))))
-    except ArgumentError as error:
+        settings = vars(parser.instantiate(parser.parse_args([underscored(argument) for argument in arguments])))
+    except (ArgumentError, ImportError) as error:
         raise UsageError(explain(str(error), settings_of(Recipe))) from error
     recipe = Recipe(**{name: value for name, value in settings.items() if name != "config"})
     check(recipe)
     return recipe
 
 
+def underscored(argument: str) -> str:
+    """A flag by the name that jsonargparse knows: `--print-config=x-y` is `--print_config=x-y`."""
+    name, equals, value = argument.partition("=")
+    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+
+
 def build_parser(prog: str) -> ArgumentParser:
     """The command line of a recipe: `--config FILE` and one flag a setting, later ones winning."""
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    # Recipes are data: a name of a class in one (class_path: …) must not have it imported.
+    set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
     parser = ArgumentParser(
         prog=prog, exit_on_error=False, allow_abbrev=False, description="Train a backbone with DINO on shards."
     )
@@ -176,6 +207,8 @@ def check(recipe: Recipe) -> None:
     """Raise UsageError for a setting out of its range, or settings that cannot go together."""
     for name, hint in settings_of(Recipe).items():
         value = look_up(recipe, name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name} = {value}: expected {allowed(hint)}")
         if typing.get_origin(hint) is Annotated and not all(_within(value, bound) for bound in hint.__metadata__):
             raise UsageError(f"{name} = {value}: expected {allowed(hint)}")
         if hint == Duration:
@@ -228,6 +261,33 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         part = parse(look_up(recipe, name))  # in another unit only the data tell: see Schedules
         if part.unit == whole.unit and part.number > whole.number:
             yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"
+
+    if not recipe.output:
+        yield "output is empty: name a folder for checkpoints and metrics, such as runs/mine"
+    if recipe.crops.locals and recipe.crops.local_size > recipe.crops.global_size:
+        yield (
+            f"crops.local_size = {recipe.crops.local_size} is larger than crops.global_size = "
+            f"{recipe.crops.global_size}: local views are the small ones; swap the two, or lower it"
+        )
+    if -1 < recipe.data.hw_decoder_load < 0:
+        yield f"data.hw_decoder_load = {recipe.data.hw_decoder_load}: expected a share from 0 to 1, or -1 for automatic"
+    if recipe.head.batch_norm and recipe.head.layers == 1:
+        yield "head.batch_norm = True does nothing with head.layers = 1: it follows hidden layers; give it 2 or more"
+    loss, optim = recipe.loss, recipe.optim
+    # A lower temperature alone, the remedy for a collapse, must stay one flag: only one that rises is held to this.
+    if loss.warmup_teacher_temp < loss.teacher_temp and not parse(loss.warmup_teacher_temp_epochs).number:
+        yield (
+            f"loss.warmup_teacher_temp = {loss.warmup_teacher_temp} is never used: give "
+            f"loss.warmup_teacher_temp_epochs, or set it to loss.teacher_temp = {loss.teacher_temp}"
+        )
+    peak = optim.lr * recipe.batch_size / 256
+    if optim.lr and optim.min_lr > peak:
+        yield (
+            f"optim.min_lr = {optim.min_lr} is above the peak learning rate of {peak:.4g} (optim.lr * batch_size / "
+            "256): lower it"
+        )
+    if optim.ema_momentum == 1:
+        yield "optim.ema_momentum = 1.0: the teacher would stay as it began; the published value is 0.996"
 
 
 def with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:

@@ -7,35 +7,60 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from dino_fast import checkpoint
 from dino_fast.compiled import compile_backbones, why_not
 from dino_fast.config import Recipe, UsageError, differences, read_recipe, with_defaults
-from dino_fast.distributed import Ranks, join, parallel
+from dino_fast.crop_sheet import write_crop_sheet
+from dino_fast.distributed import Ranks, join, lost_rank, parallel
+from dino_fast.evaluate.online import OnlineKnn
+from dino_fast.flops import flops_an_image
 from dino_fast.graphed import GraphedStep
+from dino_fast.health import probe
+from dino_fast.initial import initialise
 from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
-from dino_fast.schedules import Schedules
+from dino_fast.schedules import Hyper, Schedules
 from dino_fast.step import TrainStep, build_student_teacher
+from dino_fast.stopping import StopSignal
 from dino_fast.update import KernelUpdate
 from pipelines.loader import Loader, open_index
 from shards.errors import UserError
 from shards.lock import locked
 
+PREEMPTED = 85  # exit status of a run that was told to stop: not an error, and not the end
 # Up to here a GPU is expected to wait for the host's launches: some 2,000 of 3 µs take as long as 16 images on an H200.
 SMALL_BATCH = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+class Preempted(UserError):
+    """The run was told to stop, and its checkpoint is written."""
+
+
+class Start(NamedTuple):
+    """Where a run, or a sitting of it, begins."""
+
+    step: int
+    rollbacks: int
+    """how often the run has gone back to a checkpoint so far, each time for half the learning rate"""
+    notes: list[str]
+    """what to tell"""
+
+
 def train(recipe: Recipe, ranks: Ranks) -> Path:
-    """Run the recipe, from its output's newest checkpoint if there is one. Returns the output folder."""
+    """Run the recipe, from its output's newest checkpoint if there is one. Returns the output folder.
+
+    Raises Preempted where SIGTERM or SIGUSR1 ended the run before its end.
+    """
     output = Path(recipe.output)
     torch.backends.cudnn.benchmark = True  # sizes never change
     if recipe.precision != "fp32" and ranks.device.type == "cuda":
@@ -47,35 +72,68 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
         index, recipe.data, recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
         device=ranks.device, dtype=DTYPES[recipe.precision], rank=ranks.rank, world=ranks.world,
     )  # fmt: skip
+    schedules = Schedules(recipe, loader.order.steps_per_epoch)
+    knn = OnlineKnn(recipe.knn, recipe.crops.global_size, ranks) if recipe.knn.on else None
 
-    # ---- Networks, optimizer, schedules
+    # ---- Networks, optimizer
     step = build_step(recipe, ranks)
     compiling = compile_step(recipe, ranks, step)
     run_step = recorded(recipe, ranks, step)
-    schedules = Schedules(recipe, loader.order.steps_per_epoch)
 
     # ---- Where to start, where to stop
-    start, notes = resume(recipe, ranks, step, index.fingerprint)
+    start = resume(recipe, ranks, step, index.fingerprint) or first_start(recipe, step)
     stop = min(recipe.max_steps or schedules.total_steps, schedules.total_steps)
-    every = max(1, schedules.steps(recipe.checkpoint.every))
-    milestone = schedules.steps(recipe.checkpoint.keep_every)
+    save_every = max(1, schedules.steps(recipe.checkpoint.every))
+    keep_every = schedules.steps(recipe.checkpoint.keep_every)
+    score_every = max(1, schedules.steps(recipe.knn.every))
+    names = [name for name, _ in step.bare_student.named_parameters()]
 
     # ---- The loop
-    with Monitor(
-        output, ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start, stop=stop,
-        log_every=recipe.log_every,
-    ) as monitor:  # fmt: skip
-        for note in [*notes, *compiling, *loader.notes]:
+    with (
+        StopSignal(ranks) as stopping,
+        Monitor(
+            output, ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start.step,
+            stop=stop, log_every=recipe.log_every, parameters=names, flops_per_image=flops_an_image(recipe),
+            wandb=recipe.wandb,
+        ) as monitor,
+        written(recipe, ranks, keep_every, monitor) as writer,
+    ):  # fmt: skip
+        for note in [*start.notes, *compiling, *loader.notes]:
             monitor.say(note)
-        for batch in loader.batches(start, stop):
-            at = schedules.at(batch.step)
-            out = run_step(batch.globals, batch.locals, at)
-            monitor.tick(batch.step, at, out, loader)
-            done = batch.step + 1
-            if ranks.first and (done % every == 0 or done == stop or (milestone and done % milestone == 0)):
-                require_finite(done, step)
-                with monitor.paused():
-                    save(recipe, done, step, index.fingerprint, milestone)
+        while True:
+            trouble, stopped = "", False
+            with contextlib.closing(loader.batches(start.step, stop)) as batches:
+                for batch in batches:
+                    if recipe.dump_crops and ranks.first and batch.step == start.step:
+                        write_crop_sheet(output / "crops.png", batch.globals, batch.locals, len(batch.ids))
+                    at = schedules.at(batch.step, start.rollbacks)
+                    out = run_step(batch.globals, batch.locals, at)
+                    figures = seen(step, batch.globals, at) if monitor.due(batch.step) else {}
+                    row = monitor.tick(batch.step, at, out, loader, figures)
+                    done = batch.step + 1
+                    stopped = stopping.agreed()
+                    if row is not None:
+                        trouble = skipping(recipe, row)
+                    if done % save_every == 0 or done == stop or (keep_every and done % keep_every == 0) or stopped:
+                        trouble = trouble or not_finite(done, step)
+                        if writer is not None and not trouble:
+                            with monitor.paused():
+                                writer.save(done, state_of(recipe, step, index.fingerprint, start.rollbacks))
+                    if trouble or stopped:
+                        break
+                    if knn is not None and (done % score_every == 0 or done == stop):
+                        with monitor.paused():
+                            score(knn, step, batch.step, monitor)
+            if not trouble:
+                break
+            start = roll_back(recipe, ranks, step, index.fingerprint, start, trouble, writer)
+            run_step = recorded(recipe, ranks, step)  # a recording knows the tensors of before
+            monitor.restart(start.step)
+            monitor.say(start.notes[-1])
+    if ranks.world > 1:
+        dist.barrier()  # the first rank has written the last checkpoint
+    if stopped and done < stop:
+        raise Preempted(f"stopped by a signal after step {done}")
     return output
 
 
@@ -133,8 +191,8 @@ def recorded(recipe: Recipe, ranks: Ranks, step: TrainStep) -> TrainStep | Graph
     return GraphedStep(step) if possible and wanted else step
 
 
-def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> tuple[int, list[str]]:
-    """Load the newest good checkpoint into `step` on every rank. Returns the next step to run, and what to tell.
+def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> Start | None:
+    """Load the newest good checkpoint into `step` on every rank; None if there is none.
 
     UserError if the checkpoint is of another recipe or data and `accept_changes` is off, or does not fit the networks.
     """
@@ -142,7 +200,7 @@ def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> t
     if ranks.world > 1:
         dist.broadcast_object_list(found, device=ranks.device)
     if found[0] is None:
-        return 0, []
+        return None
     state, notes = found[0]
     changes = list(differences(with_defaults(state["recipe"], plain(Recipe())), plain(recipe)))
     if state["data"] != fingerprint:
@@ -154,7 +212,8 @@ def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> t
         step.load_state_dict(state["model"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{what}, whose state does not fit this one's: choose another --output") from error
-    return state["step"], [*notes, f"resumed from step {state['step']} of {recipe.output}", *changes]
+    notes = [*notes, f"resumed from step {state['step']} of {recipe.output}", *changes]
+    return Start(state["step"], state.get("rollbacks", 0), notes)
 
 
 def newest(output: Path) -> tuple[dict[str, Any], list[str]] | None:
@@ -169,25 +228,83 @@ def newest(output: Path) -> tuple[dict[str, Any], list[str]] | None:
     return state, [f"{path} is damaged: put aside, and the one before is used" for path in damaged]
 
 
-def require_finite(done: int, step: TrainStep) -> None:
-    """UserError if a weight or the centre is no number any more: they would replace the last good checkpoint.
+def first_start(recipe: Recipe, step: TrainStep) -> Start:
+    """The beginning of a new run, from other weights where the recipe names some."""
+    return Start(0, 0, initialise(step, Path(recipe.init_from)) if recipe.init_from else [])
 
-    The centre alone can be, where every gradient since was left out for not being finite.
+
+def roll_back(
+    recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str, sitting: Start, trouble: str,
+    writer: checkpoint.Writer | None,
+) -> Start:  # fmt: skip
+    """Go back to the newest good checkpoint, and on from there with half the learning rate: the same batches at the
+    same rate would end the same way. UserError where that was done too often, or there is no checkpoint."""
+    mend = "lower --optim.lr, or use --precision bf16 or fp32"
+    if sitting.rollbacks >= recipe.health.rollbacks:
+        raise UserError(f"{trouble}: {mend}; the last checkpoint is from before")
+    if writer is not None:
+        writer.drain()
+    start = resume(recipe, ranks, step, fingerprint)
+    if start is None:
+        raise UserError(f"{trouble}: {mend}; there was no checkpoint yet to go back to")
+    rollbacks = sitting.rollbacks + 1
+    note = f"{trouble}: back to step {start.step}, and on with {0.5**rollbacks:g} of the recipe's learning rate"
+    return Start(
+        start.step, rollbacks, [*start.notes, f"{note} ({rollbacks} of --health.rollbacks {recipe.health.rollbacks})"]
+    )
+
+
+def seen(step: TrainStep, globals_: Tensor, at: Hyper) -> dict[str, float | Tensor]:
+    """What a log tells besides the step's own figures: a look at targets and features, and the step's parts."""
+    parts = {f"{part}_ms": milliseconds for part, milliseconds in step.clock.read().items()}
+    return {**parts, **probe(step, globals_, at.teacher_temp)._asdict()}
+
+
+def score(knn: OnlineKnn, step: TrainStep, number: int, monitor: Monitor) -> None:
+    """Record the teacher's k-NN score. A picture that cannot be read costs the score, not the run."""
+    try:
+        monitor.record(number, {"knn_top1": knn.score(step.teacher.backbone)})
+    except UserError as error:
+        monitor.say(f"no k-NN score after step {number + 1}: {error}")
+
+
+def skipping(recipe: Recipe, row: dict[str, Any]) -> str:
+    """What is wrong if too many steps in a row were skipped, by a row of the log; or nothing."""
+    skipped = int(row["skipped_in_a_row"])
+    return f"the gradients of {skipped} steps in a row were not finite" if skipped >= recipe.health.max_skipped else ""
+
+
+def not_finite(done: int, step: TrainStep) -> str:
+    """What is wrong if the state after `done` steps holds what is no number, or nothing. The host waits for the device.
+
+    Such a state would replace the last good checkpoint. A batch that is not finite leaves the weights alone, but not
+    the statistics of batch norm.
     """
-    state = [*step.bare_student.parameters(), *step.teacher.parameters(), step.center]
-    if not torch.stack(torch._foreach_norm(state)).isfinite().all():
-        raise UserError(
-            f"the weights or the centre after step {done} are not finite: lower --optim.lr, or use --precision bf16 or "
-            "fp32; the last checkpoint is from before"
-        )
+    buffers = [b for network in (step.bare_student, step.teacher) for b in network.buffers() if b.is_floating_point()]
+    state = [*step.bare_student.parameters(), *step.teacher.parameters(), *buffers, step.center]
+    if torch.stack(torch._foreach_norm(state)).isfinite().all():
+        return ""
+    return f"the weights, the centre or batch norm's statistics after step {done} are not finite"
 
 
-def save(recipe: Recipe, done: int, step: TrainStep, fingerprint: str, milestone: int) -> None:
-    """Write the checkpoint after `done` steps, then drop those that are no longer kept."""
-    output = Path(recipe.output)
-    state = {"recipe": plain(recipe), "data": fingerprint, "model": step.state_dict()}
-    checkpoint.save(output, done, state)
-    checkpoint.prune(output, recipe.checkpoint.keep, milestone)
+@contextlib.contextmanager
+def written(recipe: Recipe, ranks: Ranks, keep_every: int, monitor: Monitor) -> Iterator[checkpoint.Writer | None]:
+    """The first rank's writer of checkpoints, None on the others. At the end what it was given is on the disk."""
+    if not ranks.first:
+        yield None
+        return
+    writer = checkpoint.Writer(Path(recipe.output), recipe.checkpoint.keep, keep_every, monitor.say)
+    try:
+        yield writer
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+
+
+def state_of(recipe: Recipe, step: TrainStep, fingerprint: str, rollbacks: int) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {"recipe": plain(recipe), "data": fingerprint, "rollbacks": rollbacks, "model": step.state_dict()}
 
 
 def plain(recipe: Recipe) -> dict[str, Any]:
@@ -203,15 +320,18 @@ def _listed(value: Any) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The train command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call."""
+    """The train command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call, PREEMPTED."""
     try:
         recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
-        with join(recipe.device) as ranks, claimed(recipe, ranks):
+        with join(recipe.device, recipe.timeout) as ranks, claimed(recipe, ranks):
             output = train(recipe, ranks)
         if ranks.first:
             last = checkpoint.checkpoints(output)[-1]
             print(f"done: {last}\nnext: dino-fast knn --checkpoint {last} --train {recipe.data.train} --val VAL_SHARDS")
         return 0
+    except Preempted as stop:
+        print(f"dino-fast train: {stop}; the same command again goes on", file=sys.stderr)
+        return PREEMPTED
     except (UserError, TimeoutError) as error:
         print(f"dino-fast train: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
@@ -221,6 +341,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except torch.OutOfMemoryError:
         print("dino-fast train: out of GPU memory: pass --accumulate 2 or more, or use more GPUs", file=sys.stderr)
+        return 1
+    except RuntimeError as error:
+        if not lost_rank(error):
+            raise
+        reason = str(error).splitlines()[0]
+        print(
+            f"dino-fast train: another rank has ended, or was silent for --timeout seconds ({reason}): its own output "
+            "says why; the same command again goes on from the last checkpoint",
+            file=sys.stderr,
+        )
         return 1
     except KeyboardInterrupt:
         print("dino-fast train: stopped; the same command again goes on from the last checkpoint", file=sys.stderr)

@@ -185,6 +185,6 @@ def test_knn_with_a_wrong_checkpoint(labelled_shards: Path, tmp_path: Path, monk
 
 def test_unknown_commands(capsys):
     assert dino_fast(["trian"]) == 2
-    assert "choose train, knn or doctor" in capsys.readouterr().err
+    assert "choose train, plan, knn, linear or doctor" in capsys.readouterr().err
     assert dino_fast([]) == 0
     assert "usage: dino-fast" in capsys.readouterr().out

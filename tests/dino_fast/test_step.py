@@ -25,9 +25,8 @@ from dino_fast.loss import LossRecipe, objective
 from dino_fast.optim import OptimRecipe, build_optimizer
 from dino_fast.schedules import Hyper
 from dino_fast.step import MultiCropModel, Precision, TrainStep, build_student_teacher, split_batch
-from dino_fast.train import require_finite
+from dino_fast.train import not_finite
 from dino_fast.update import INTERVAL, LossScale, TorchUpdate
-from shards.errors import UserError
 
 HEAD = HeadRecipe(out_dim=64, hidden_dim=32, bottleneck_dim=16, batch_norm=True)
 HYPER = Hyper(lr=0.05, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
@@ -324,12 +323,19 @@ def test_parts_keep_layout_views_and_images() -> None:
         split_batch(*_flat((globals_, locals_)), 3)
 
 
-def test_a_centre_that_is_no_number_is_not_saved() -> None:
-    step = _step()
-    require_finite(3, step)
-    step.center.fill_(torch.nan)
-    with pytest.raises(UserError, match="the centre after step 3 are not finite"):
-        require_finite(3, step)
+def test_what_is_no_number_any_more_is_found_before_it_is_saved() -> None:
+    for name in (
+        "center",
+        "student.backbone.bn1.running_mean",
+        "teacher.head.mlp.0.bias",
+        "student.backbone.conv1.weight",
+    ):
+        step = _step()
+        assert not_finite(3, step) == ""
+        network, _, tensor = name.partition(".")
+        held = step.center if not tensor else getattr(step, network).state_dict()[tensor]
+        held.view(-1)[0] = torch.nan
+        assert "after step 3 are not finite" in not_finite(3, step), name
 
 
 def _rank(rank: int, folder: Path) -> None:
