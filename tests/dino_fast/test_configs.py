@@ -1,0 +1,176 @@
+"""The recipes in configs/: each holds the published values, but for what its header owns up to; its commands parse."""
+
+import functools
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from torch.distributed.run import get_args_parser
+
+from dino_fast.__main__ import main as dino_fast
+from dino_fast.config import Recipe, look_up, read_recipe, settings_of
+from dino_fast.plan import main as plan
+from shards.__main__ import main as make_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))}
+IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469, "coco": 123_403, "photos": 5_000, "train": 1_296}  # by data.train
+
+# main_dino.py: its defaults and the constants in it; then what the published README passes for ResNet-50, the arguments
+# of the released ResNet-50, and lightly's imagenette_benchmark.py (where it is silent, the defaults).
+DEFAULTS: dict[str, Any] = {
+    "head.out_dim": 65536, "head.hidden_dim": 2048, "head.bottleneck_dim": 256, "head.layers": 3,
+    "head.batch_norm": False, "head.norm_last_layer": True,
+    "loss.student_temp": 0.1, "loss.teacher_temp": 0.04, "loss.warmup_teacher_temp": 0.04,
+    "loss.warmup_teacher_temp_epochs": 0, "loss.center_momentum": 0.9,
+    "optim.name": "adamw", "optim.lr": 5e-4, "optim.min_lr": 1e-6, "optim.warmup_epochs": 10,
+    "optim.weight_decay": 0.04, "optim.weight_decay_end": 0.4, "optim.clip_grad": 3.0,
+    "optim.freeze_last_layer_epochs": 1, "optim.ema_momentum": 0.996,
+    "crops.global_size": 224, "crops.global_scale": (0.4, 1.0), "crops.local_size": 96,
+    "crops.local_scale": (0.05, 0.4), "crops.locals": 8,
+    "augment.flip": 0.5, "augment.jitter": 0.8, "augment.brightness": 0.4, "augment.contrast": 0.4,
+    "augment.saturation": 0.2, "augment.hue": 0.1, "augment.grey": 0.2, "augment.blur_global_1": 1.0,
+    "augment.blur_global_2": 0.1, "augment.blur_locals": 0.5, "augment.blur_sigma": (0.1, 2.0),
+    "augment.solarize_global_2": 0.2,
+    "batch_size": 8 * 64, "epochs": 100, "precision": "fp16", "seed": 0,
+}  # fmt: skip
+README = DEFAULTS | {
+    "backbone": "resnet50", "optim.name": "sgd", "optim.lr": 0.03, "optim.weight_decay": 1e-4,
+    "optim.weight_decay_end": 1e-4, "crops.global_scale": (0.14, 1.0), "crops.local_scale": (0.05, 0.14),
+}  # fmt: skip
+RELEASED = README | {
+    "batch_size": 80 * 51, "epochs": 800, "precision": "fp32", "crops.locals": 6, "optim.name": "lars",
+    "optim.lr": 0.3, "optim.min_lr": 0.0048, "optim.weight_decay": 1e-6, "optim.weight_decay_end": 1e-6,
+    "optim.clip_grad": 0, "head.out_dim": 60000, "head.batch_norm": True, "head.layers": 2, "head.hidden_dim": 4096,
+    "loss.teacher_temp": 0.07, "loss.warmup_teacher_temp_epochs": 50,
+}  # fmt: skip
+LIGHTLY = DEFAULTS | {
+    "backbone": "resnet18", "batch_size": 256, "epochs": 800, "precision": "bf16", "crops.global_size": 128,
+    "crops.local_size": 64, "crops.locals": 6, "head.out_dim": 2048, "head.batch_norm": True, "optim.name": "sgd",
+    "optim.lr": 0.06, "optim.min_lr": 0, "optim.warmup_epochs": 0, "optim.weight_decay": 5e-4,
+    "optim.weight_decay_end": 5e-4, "optim.clip_grad": 0, "optim.ema_momentum": 0.99,
+    "optim.freeze_last_layer_epochs": 0,
+}  # fmt: skip
+
+# What each recipe follows, and all that it does otherwise.
+FOLLOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "resnet50_100ep": (README, {"precision": "bf16"}),
+    "resnet50_800ep": (RELEASED, {}),
+    "resnet50_300ep": (RELEASED, {"epochs": 300, "precision": "bf16"}),
+    "resnet50_no_multicrop": (README, {"precision": "bf16", "crops.locals": 0, "crops.local_scale": (0.05, 0.4)}),
+    "resnet50_1gpu": (README, {"precision": "bf16", "batch_size": 256, "optim.ema_momentum": 0.9995}),
+    "coco_resnet18": (
+        README,
+        {
+            "precision": "bf16", "backbone": "resnet18", "head.out_dim": 4096, "epochs": 400,
+            "optim.freeze_last_layer_epochs": 10,
+        },
+    ),
+    "imagenette_resnet18": (LIGHTLY, {"optim.freeze_last_layer_epochs": 1}),
+    "own_photos": (
+        LIGHTLY,
+        {
+            "epochs": "30k steps", "optim.freeze_last_layer_epochs": "37 steps", "crops.global_size": 224,
+            "crops.local_size": 96,
+        },
+    ),
+}  # fmt: skip
+TRIALS = {"debug", "cpu_demo"}  # follow nobody
+
+
+@functools.cache
+def recipe_of(stem: str) -> Recipe:
+    return read_recipe(["--config", str(CONFIGS[stem])])
+
+
+def commands(stem: str, title: str) -> list[list[str]]:
+    """The commands of a recipe's header under a title, in words."""
+    text = CONFIGS[stem].read_text(encoding="utf-8").replace("\\\n#", " ")
+    return [shlex.split(line) for line in re.findall(rf"^# {title}:(.*)$", text, re.MULTILINE)]
+
+
+def test_every_recipe_is_judged_here():
+    assert set(CONFIGS) == set(FOLLOWS) | TRIALS
+
+
+@pytest.mark.parametrize("stem", FOLLOWS)
+def test_a_recipe_is_the_published_one_but_for_what_it_owns_up_to(stem: str):
+    published, otherwise = FOLLOWS[stem]
+    recipe = recipe_of(stem)
+    differences = {name: look_up(recipe, name) for name in published if look_up(recipe, name) != published[name]}
+    assert differences == otherwise
+    header = CONFIGS[stem].read_text(encoding="utf-8").split("\n\n")[0]
+    assert "# Differs:" in header
+    assert all(line.startswith("#") for line in header.splitlines())
+
+
+@pytest.mark.parametrize("stem", FOLLOWS)
+def test_a_recipe_states_what_it_hangs_on(stem: str):
+    """So that another default some day does not change it."""
+    written = yaml.safe_load(CONFIGS[stem].read_text(encoding="utf-8"))
+    named = {f"{section}.{name}" for section, part in written.items() if isinstance(part, dict) for name in part}
+    published, _ = FOLLOWS[stem]
+    by_default = {name for name in published if name not in named | written.keys()}
+    locals_are_off = {"crops.local_size", "crops.local_scale"} if written["crops"]["locals"] == 0 else set()
+    assert by_default - locals_are_off == {name for name in DEFAULTS if name.startswith("augment.")} | {
+        "loss.center_momentum", "seed",
+    }  # fmt: skip
+
+
+def test_every_published_value_has_a_setting():
+    assert {*DEFAULTS, *README} <= settings_of(Recipe).keys()
+
+
+@pytest.mark.parametrize("stem", CONFIGS)
+def test_the_command_of_a_header_starts_this_recipe(stem: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    [command] = commands(stem, "Command")
+    if command == ["make", "demo"]:
+        assert re.search(r"^demo:.*\n\t.*-m dino_fast.demo", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    world, arguments = 1, command[2:]
+    if command[0] == "torchrun":
+        options = get_args_parser().parse_args(command[1:])
+        assert options.module
+        assert options.training_script == "dino_fast.train"
+        world, arguments = int(options.nnodes.split(":")[0]) * int(options.nproc_per_node), options.training_script_args
+    else:
+        assert command[:2] == ["dino-fast", "train"]
+    recipe = read_recipe(arguments)
+    assert arguments[:2] == ["--config", f"configs/{stem}.yaml"]
+    assert recipe.batch_size % (world * recipe.accumulate) == 0
+    if world > 1:
+        assert f"{world} GPUs, {recipe.batch_size // world} images each" in CONFIGS[stem].read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("stem", CONFIGS)
+def test_the_other_commands_of_a_header_are_no_wrong_calls(stem: str, tmp_path: Path, monkeypatch, capsys):
+    """They fail for the files that are not there (1), not for their words (2)."""
+    monkeypatch.chdir(tmp_path)
+    for program, *words in commands(stem, "Pack"):
+        assert program == "make-shards"
+        assert make_shards(words) == 1
+        assert words[1] in capsys.readouterr().err
+    for program, *words in commands(stem, "Score it"):
+        assert program == "dino-fast"
+        assert dino_fast(words) == 1
+        assert words[2] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stem", CONFIGS)
+def test_a_recipe_can_be_planned(stem: str, tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    folder = recipe_of(stem).data.train.split("/")[1]
+    assert plan(["--config", str(CONFIGS[stem]), "--images", str(IMAGES[folder])]) == 0
+    assert "checkpoints" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stem", FOLLOWS)
+def test_flags_in_a_header_are_settings(stem: str):
+    """`--accumulate 1` and the like, between backticks."""
+    header = CONFIGS[stem].read_text(encoding="utf-8").split("\n\n")[0]
+    for flags in re.findall(r"`(--[^`]*)`", header.replace("\n#", " ")):
+        read_recipe(["--config", str(CONFIGS[stem]), *shlex.split(flags)])
