@@ -1,6 +1,8 @@
 """The backbones: torchvision's ResNets without their classifier."""
 
+import contextlib
 import difflib
+from collections.abc import Iterator
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -39,3 +41,15 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     backbone.fc = nn.Identity()
     backbone.avgpool = GlobalAveragePool()
     return backbone, features
+
+
+@contextlib.contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; after it, every module is in its own again."""
+    training = [module for module in network.modules() if module.training]
+    network.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

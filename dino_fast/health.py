@@ -4,16 +4,16 @@ A DINO run fails in few ways: all targets become even, all become the same one p
 dimensions. `probe` measures them on a few pictures without changing the run; `Alarms` judges the rows that are logged.
 """
 
-import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from dino_fast.backbones import evaluating
 from dino_fast.step import TrainStep
 
 PICTURES = 128  # seen by a probe at most: as many as the rank of features can then be
@@ -42,24 +42,12 @@ def probe(step: TrainStep, globals_: Tensor, teacher_temp: float) -> Probe:
     of the run is changed. The host waits for the device only inside the eigenvalues.
     """
     pictures = globals_[: min(PICTURES, len(globals_) // 2)]
-    with step.autocast(), _evaluating(step.teacher):
+    with step.autocast(), evaluating(step.teacher):
         features = step.teacher.backbone.forward(pictures)  # not called: that would compile a graph for this mode
         logits = step.teacher.head(features)
     kl, entropy = spread_of_targets(logits, step.center, teacher_temp)
     features = _wide(features)
     return Probe(kl, entropy, rank_me(features), unit_std(features), torch.linalg.vector_norm(step.center))
-
-
-@contextlib.contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """Eval mode inside, and every module's own mode after."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def spread_of_targets(logits: Tensor, center: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:

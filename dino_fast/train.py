@@ -24,7 +24,7 @@ from dino_fast.distributed import Ranks, join, lost_rank, parallel
 from dino_fast.evaluate.online import OnlineKnn
 from dino_fast.flops import flops_an_image
 from dino_fast.graphed import GraphedStep
-from dino_fast.health import probe
+from dino_fast.health import PICTURES, Alarms, probe
 from dino_fast.initial import initialise
 from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
@@ -86,6 +86,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     save_every = max(1, schedules.steps(recipe.checkpoint.every))
     keep_every = schedules.steps(recipe.checkpoint.keep_every)
     score_every = max(1, schedules.steps(recipe.knn.every))
+    alarms = Alarms(recipe.head.out_dim, min(PICTURES, recipe.batch_size // ranks.world))
     names = [name for name, _ in step.bare_student.named_parameters()]
 
     # ---- The loop
@@ -114,6 +115,8 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
                     stopped = stopping.agreed()
                     if row is not None:
                         trouble = skipping(recipe, row)
+                        for alarm in alarms.check(row):
+                            monitor.say(alarm)
                     if done % save_every == 0 or done == stop or (keep_every and done % keep_every == 0) or stopped:
                         trouble = trouble or not_finite(done, step)
                         if writer is not None and not trouble:

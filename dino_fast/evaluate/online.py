@@ -5,9 +5,7 @@ there are enough: it shows how a run comes along, and stays below the score of `
 """
 
 import bisect
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, cast
 
@@ -18,6 +16,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from dino_fast.backbones import evaluating
 from dino_fast.distributed import Ranks
 from dino_fast.durations import Duration
 from dino_fast.evaluate.features import BATCH
@@ -228,15 +227,3 @@ class _Subset:
 
     def describe(self, number: int) -> str:
         return self._index.describe(int(self._ids[number]))
-
-
-@contextlib.contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after it, every module is in its own again."""
-    training = [module for module in network.modules() if module.training]
-    network.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
