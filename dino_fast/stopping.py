@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopSignal:
-    """Takes the two signals for as long as it is entered.
+    """Takes the two signals for as long as it is entered; ranks leave it together.
 
     They may come twice, from torchrun and from whoever told torchrun, so that a second one must not end the process
     while its checkpoint is being written.
@@ -31,7 +31,9 @@ class StopSignal:
         self._before = {number: signal.signal(number, self._ask) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._group is not None:
+            dist.barrier(group=self._group)  # nobody leaves, and nobody is hit, before the last checkpoint is written
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -133,8 +133,6 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
             run_step = recorded(recipe, ranks, step)  # a recording knows the tensors of before
             monitor.restart(start.step)
             monitor.say(start.notes[-1])
-    if ranks.world > 1:
-        dist.barrier()  # the first rank has written the last checkpoint
     if stopped and done < stop:
         raise Preempted(f"stopped by a signal after step {done}")
     return output

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from dino_fast import checkpoint
 from dino_fast.__main__ import main as dino_fast
+from shards.__main__ import main as make_shards
 
 
 def state_of(output: Path) -> dict:
@@ -150,6 +152,44 @@ def test_two_ranks_resume(run, tmp_path: Path):
     assert "resumed from step 2" in out
     assert whole.finish()[0] == 0
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(run, tmp_path: Path):
+    """1, then 2, then 1 ranks: the same pictures, and losses within 1e-4 of a run by one alone."""
+    options = ("--optim.lr", "1e-3", "--head.batch_norm", "true", "--crops.local_size", "32", "--max_steps")
+    whole = run(*options, "6", output="whole")
+    for stop, ranks in (("2", 1), ("4", 2), ("6", 1)):
+        status, _, errors = run(*options, stop, output="parts", ranks=ranks).finish()
+        assert status == 0, errors
+    status, _, errors = whole.finish()
+    assert status == 0, errors
+    losses = [[row["loss"] for row in rows_of(tmp_path / name)] for name in ("parts", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert len(losses[0]) == 6
+
+
+def test_a_run_scores_itself_shows_its_crops_and_begins_with_another(
+    train_here, labelled_shards: Path, tmp_path: Path, capsys
+):
+    """The second run's first score is that of the first run's weights after a step at a rate of next to nothing."""
+    pictures = labelled_shards.parent / "images"
+    assert make_shards(["pack", str(pictures), str(tmp_path / "both"), "--split-val", "0.4"]) == 0
+    knn = ("--knn.train", str(tmp_path / "both" / "train"), "--knn.val", str(tmp_path / "both" / "val"), "--knn.k", "3")
+    common = (*knn, "--knn.every", "4 steps", "--max_steps", "8")
+    assert train_here(tmp_path / "first", *common, "--dump_crops", "true") == 0
+    scores = [row["knn_top1"] for row in rows_of(tmp_path / "first") if "knn_top1" in row]
+    assert len(scores) == 2
+    assert all(0 <= score <= 100 for score in scores)
+    with Image.open(tmp_path / "first" / "crops.png") as sheet:
+        assert sheet.size == (8 + 2 * (32 + 8) + 2 * (24 + 8), 8 + 8 * (32 + 8))
+    capsys.readouterr()
+    still = ("--init_from", str(tmp_path / "first"), "--optim.lr", "0", "--optim.min_lr", "0", "--max_steps", "1")
+    assert train_here(tmp_path / "second", *common, *still) == 0
+    first, second = (state_of(tmp_path / name)["model"]["student"] for name in ("first", "second"))
+    trained = [name for name in first if "running" not in name and "tracked" not in name]
+    assert all(torch.equal(first[name], second[name]) for name in trained)
+    assert train_here(tmp_path / "third", *knn[:2]) == 1
+    assert "--knn.val is missing" in capsys.readouterr().err
 
 
 def test_milestones_are_saved_and_kept_whatever_else_is(train_here, tmp_path: Path):
