@@ -40,8 +40,9 @@ setup: ## create or update .venv (nothing to do when it is up to date)
 demo: setup ## draw, pack, train and score on the CPU; IMAGES=/some/folder takes your own pictures
 	@$(PY) -m dino_fast.demo $(if $(IMAGES),--images "$$IMAGES")
 
+# Most tests wait for a process or keep one core busy: two at a time take little more than half as long.
 test: setup ## the tests that take seconds
-	@$(PY) -m pytest
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 slow: setup ## the tests that take minutes
 	@$(PY) -m pytest -m slow
