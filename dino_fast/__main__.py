@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from shards.errors import UserError
 
@@ -56,5 +57,12 @@ def _evaluate(command: str, arguments: Sequence[str]) -> int:
         return 130
 
 
+def command() -> NoReturn:
+    """The command as a process."""
+    from dino_fast.train import leave
+
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

@@ -4,6 +4,7 @@ A file is named after its step and the start of its own sha256, `step-00001200-9
 a temporary name, synced, and renamed, so a file under its final name is whole, and what a disk did to it later shows.
 """
 
+import contextlib
 import os
 import re
 import threading
@@ -32,6 +33,8 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
     temporary = folder / f".writing-{step:08d}.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for left in folder.glob(".writing-*.pt"):  # by a kill; they may be the space that a full disk lacks
+            left.unlink(missing_ok=True)
         with open(temporary, "wb") as file:
             torch.save({"format": FORMAT, "step": step, **state}, file)
             file.flush()
@@ -39,6 +42,9 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
         final = folder / f"step-{step:08d}-{_digest(temporary)}.pt"
         os.replace(temporary, final)
         sync_folder(folder)
+        for path in checkpoints(folder):
+            if step_of(path) == step and path != final:  # from before the run went back to this step
+                path.unlink(missing_ok=True)
     except (OSError, RuntimeError) as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
@@ -60,7 +66,7 @@ class Writer:
         self._folder, self._keep, self._keep_every, self._say = folder, keep, keep_every, say
         self._changed = threading.Condition()
         self._next: tuple[int, Any] | None = None
-        self._busy = self._writing = self._closed = False
+        self._busy = self._writing = self._hurried = self._closed = False
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
@@ -69,18 +75,22 @@ class Writer:
         """Have the checkpoint of `step` written. Waits while the one before is being written."""
         copied = _Copy(state)
         with self._changed:
-            self._changed.wait_for(lambda: not self._writing)
+            self._changed.wait_for(lambda: self._next is None and not self._writing)
             self._next = step, copied
             self._changed.notify_all()
 
-    def drain(self) -> None:
-        """Wait until nothing is left to write, or to try again."""
+    def settle(self) -> None:
+        """Wait until nothing is being written, without trying again what has failed."""
         with self._changed:
+            self._hurried = True
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._busy and self._next is None)
+            self._hurried = False
 
     def close(self) -> None:
         """Write what is left. Raises what kept the newest checkpoint from being written."""
-        self.drain()
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy and self._next is None)
         self._stop()
         if self._error is not None:
             raise self._error
@@ -104,6 +114,7 @@ class Writer:
                 (step, state), self._next = self._next, None
                 self._busy = True
             self._write(step, state)
+            del state  # as large as the networks
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
@@ -113,10 +124,15 @@ class Writer:
             self._error = self._written(step, state)
             if self._error is None:
                 return
-            again = "" if pause is None else f"; it is tried again in {pause:.0f} s, and the run goes on"
-            self._say(f"{self._error}{again}")
+            over = pause is None or self._closed or self._hurried
+            with contextlib.suppress(Exception):  # the full disk may be the one that is printed to
+                self._say(
+                    f"{self._error}"
+                    if over
+                    else f"{self._error}; it is tried again in {pause:.0f} s, and the run goes on"
+                )
             with self._changed:
-                if self._changed.wait_for(lambda: self._next is not None or self._closed, pause or 0):
+                if self._changed.wait_for(lambda: self._next is not None or self._closed or self._hurried, pause or 0):
                     return
 
     def _written(self, step: int, state: "_Copy") -> Exception | None:
@@ -173,6 +189,8 @@ def load(path: Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror or error}): mend that, and try again") from error
     except Damaged:
         raise
     except Exception as error:  # torch's reader raises nearly anything on foreign bytes
@@ -212,8 +230,9 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], list[Path]] | None:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoint files of a folder, oldest first."""
-    return sorted((path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name)), key=step_of)
+    """The checkpoint files of a folder, oldest first; of two of one step, the one that was written first."""
+    found = (path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
+    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns))
 
 
 def step_of(path: Path) -> int:

@@ -8,6 +8,7 @@ settings, and the nearest name to a misspelt key.
 
 import dataclasses
 import difflib
+import itertools
 import math
 import re
 import typing
@@ -128,7 +129,7 @@ def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train") -> Reci
     """The recipe of a command line such as `--config FILE --crops.locals 6`. UsageError names what is wrong."""
     parser = build_parser(prog)
     try:
-        settings = vars(parser.instantiate(parser.parse_args([underscored(argument) for argument in arguments])))
+        settings = vars(parser.instantiate(parser.parse_args(spelled_out(arguments))))
     except (ArgumentError, ImportError) as error:
         raise UsageError(explain(str(error), settings_of(Recipe))) from error
     recipe = Recipe(**{name: value for name, value in settings.items() if name != "config"})
@@ -136,10 +137,18 @@ def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train") -> Reci
     return recipe
 
 
-def underscored(argument: str) -> str:
-    """A flag by the name that jsonargparse knows: `--print-config=x-y` is `--print_config=x-y`."""
-    name, equals, value = argument.partition("=")
-    return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
+def spelled_out(arguments: Sequence[str]) -> list[str]:
+    """Flags as jsonargparse knows them: `--print-config=x-y` is `--print_config=x-y`, a bare `--dump_crops` is true."""
+    switches = {f"--{name}" for name, hint in settings_of(Recipe).items() if hint is bool}
+    written = []
+    for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
+        name, equals, value = argument.partition("=")
+        if name.startswith("--"):
+            argument = name[:2] + name[2:].replace("-", "_") + equals + value
+        written.append(argument)
+        if argument in switches and following.startswith("--"):
+            written.append("true")
+    return written
 
 
 def build_parser(prog: str) -> ArgumentParser:

@@ -1,5 +1,6 @@
 """How a run looks while it is watched: a bar with figures on a terminal, elsewhere one plain line a log."""
 
+import contextlib
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -43,8 +44,9 @@ class Display:
             self.say(f"epoch {epoch}  step {done}/{self._stop}  {'  '.join(lines)}  ETA {left / 60:.1f} min")
 
     def say(self, line: str) -> None:
-        """Print a line above the bar, as it is."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        """Print a line above the bar, as it is. One that cannot be printed, to a full disk say, is lost."""
+        with contextlib.suppress(OSError):
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

@@ -49,10 +49,25 @@ def join(device: str, timeout: float = 600) -> Iterator[Ranks]:
         return
     on_gpu = chosen.type == "cuda"
     backend, limit = "nccl" if on_gpu else "gloo", timedelta(seconds=timeout)
-    dist.init_process_group(backend, timeout=limit, device_id=chosen if on_gpu else None)
+    store, _, _ = next(dist.rendezvous("env://", timeout=limit))  # type: ignore[attr-defined]
+    store.set_timeout(limit)
+    store = dist.PrefixStore(_attempt(), store)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=limit, device_id=chosen if on_gpu else None
+    )
     yield Ranks(rank, world, chosen)
     # Not after an error: there it would wait for ranks that wait for this one, before a line is printed.
     dist.destroy_process_group()
+
+
+def _attempt() -> str:
+    """What keeps this start of the ranks apart from those before it, in a store that outlives them.
+
+    torchrun's does, and would give restarted ranks the addresses of dead ones. Over several machines, whose torchruns
+    count for themselves, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it.
+    """
+    alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
+    return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else '0'}"
 
 
 def lost_rank(error: RuntimeError) -> bool:

@@ -72,7 +72,10 @@ def rank_me(features: Tensor) -> Tensor:
     gram = wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide
     finite = gram.isfinite().all()
     gram = torch.where(finite, gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))  # LAPACK raises on NaN
-    values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    try:
+        values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    except RuntimeError:  # they did not converge; a figure of a log is not worth a run
+        return features.new_full((), math.nan)
     rank = torch.special.entr(values / values.sum()).sum().exp()
     return torch.where(finite, rank, math.nan).to(features.dtype)
 

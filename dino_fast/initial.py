@@ -64,7 +64,7 @@ def initialise(step: TrainStep, path: Path) -> list[str]:
 
     path: a checkpoint of dino-fast or the folder of its run; a .pth file of facebookresearch/dino, full or of a
     backbone alone; or a state dict of torchvision's ResNets, whose classifier is left out. Where there is no head in
-    it, that of `step` stays. Every rank has to call it. Raises UserError for a file that is damaged, that does not fit
+    it, that of `step` stays. Raises UserError for a file that is damaged, that does not fit
     (with the keys, and the settings that would do), or whose weights are not finite; `step` is then as it was.
     """
     state, lines = _read(path)

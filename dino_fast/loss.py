@@ -21,7 +21,7 @@ class LossRecipe:
     teacher_temp: Annotated[float, Gt(0)] = 0.04
     """temperature of the teacher's softmax after its warm-up"""
     warmup_teacher_temp: Annotated[float, Gt(0)] = 0.04
-    """temperature of the teacher's softmax in the first epoch"""
+    """temperature of the teacher's softmax where its warm-up begins"""
     warmup_teacher_temp_epochs: Duration = 0
     """how long the teacher's temperature goes from the one to the other, a step an epoch"""
     center_momentum: Annotated[float, Ge(0), Le(1)] = 0.9

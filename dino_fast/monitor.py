@@ -148,7 +148,10 @@ class Monitor:
         if self._display is not None:
             self._display.close()
         for writer in self._writers:
-            writer.close()
+            try:
+                writer.close()
+            except OSError as error:
+                self.say(f"the last figures are not written: {error}")
 
     def due(self, step: int) -> bool:
         """Whether `step` will be logged."""
@@ -181,7 +184,8 @@ class Monitor:
         if self._display is not None:
             self.say(line)
         else:
-            print(f"rank {self._ranks.rank}: {line}", file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):
+                print(f"rank {self._ranks.rank}: {line}", file=sys.stderr, flush=True)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """Leave what is done inside (a checkpoint) out of the images per second. The first rank's clock is the one."""

@@ -26,6 +26,7 @@ from dino_fast.step import TrainStep
 from dino_fast.train import DTYPES, build_step
 from shards.errors import UserError
 from shards.index import ShardIndex
+from shards.info import amount
 
 Plan = dict[str, Any]  # plain data, as --json writes it; sizes in bytes, times in seconds
 
@@ -336,15 +337,6 @@ def plot(values: Sequence[float], low: float, high: float) -> Iterator[str]:
         blocks = "".join(_BLOCKS[min(max(filled - 8 * row, 0), 8)] for filled in eighths)
         yield f"{labels.get(row, ''):>{_GUTTER}} {'┤' if row in labels else '│'}{blocks}".rstrip()
     yield f"{'':{_GUTTER}} └{'─' * len(values)}"
-
-
-def amount(size: float) -> str:
-    """Bytes with three digits: "12.3 GB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.3g} PB"
 
 
 def clock(seconds: float) -> str:

@@ -1,6 +1,7 @@
 """SIGTERM and SIGUSR1, by which clusters take a machine back: all ranks stop after the same step."""
 
 import signal
+from datetime import timedelta
 from types import FrameType
 from typing import Any
 
@@ -19,11 +20,12 @@ class StopSignal:
     while its checkpoint is being written.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, timeout: float = 600) -> None:
+        """timeout: seconds that ranks wait for each other."""
         self._asked = False
         self._alone = ranks.world == 1
         # Of its own, on CPUs: it must neither wait for the GPU's work nor mix with it.
-        self._group: Any = None if self._alone else dist.new_group(backend="gloo")
+        self._group: Any = None if self._alone else dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
         self._votes: torch.Tensor | None = None
         self._vote: dist.Work | None = None
 
@@ -34,6 +36,8 @@ class StopSignal:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None and self._group is not None:
             dist.barrier(group=self._group)  # nobody leaves, and nobody is hit, before the last checkpoint is written
+        if self._asked:
+            return  # the process is about to end, and a repeated signal must not change how
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -51,6 +55,7 @@ class StopSignal:
         if self._vote is not None and self._votes is not None:
             self._vote.wait()
             stop = bool(self._votes.item())
+            self._asked |= stop
         self._votes = torch.tensor(float(self._asked))
         self._vote = dist.all_reduce(self._votes, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
         return stop

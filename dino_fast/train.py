@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -81,7 +81,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     run_step = recorded(recipe, ranks, step)
 
     # ---- Where to start, where to stop
-    start = resume(recipe, ranks, step, index.fingerprint) or first_start(recipe, step)
+    start = resume(recipe, ranks, step, index.fingerprint) or first_start(recipe, ranks, step)
     stop = min(recipe.max_steps or schedules.total_steps, schedules.total_steps)
     save_every = max(1, schedules.steps(recipe.checkpoint.every))
     keep_every = schedules.steps(recipe.checkpoint.keep_every)
@@ -91,7 +91,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
 
     # ---- The loop
     with (
-        StopSignal(ranks) as stopping,
+        StopSignal(ranks, recipe.timeout) as stopping,
         Monitor(
             output, ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start.step,
             stop=stop, log_every=recipe.log_every, parameters=names, flops_per_image=flops_an_image(recipe),
@@ -105,7 +105,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
             trouble, stopped = "", False
             with contextlib.closing(loader.batches(start.step, stop)) as batches:
                 for batch in batches:
-                    if recipe.dump_crops and ranks.first and batch.step == start.step:
+                    if recipe.dump_crops and ranks.first and not (output / "crops.png").exists():
                         write_crop_sheet(output / "crops.png", batch.globals, batch.locals, len(batch.ids))
                     at = schedules.at(batch.step, start.rollbacks)
                     out = run_step(batch.globals, batch.locals, at)
@@ -114,11 +114,11 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
                     done = batch.step + 1
                     stopped = stopping.agreed()
                     if row is not None:
-                        trouble = skipping(recipe, row)
+                        trouble = skipping(recipe, row) or (not_finite(done, step, ranks) if row["skipped"] else "")
                         for alarm in alarms.check(row):
                             monitor.say(alarm)
                     if done % save_every == 0 or done == stop or (keep_every and done % keep_every == 0) or stopped:
-                        trouble = trouble or not_finite(done, step)
+                        trouble = trouble or not_finite(done, step, ranks)
                         if writer is not None and not trouble:
                             with monitor.paused():
                                 writer.save(done, state_of(recipe, step, index.fingerprint, start.rollbacks))
@@ -132,7 +132,10 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
             start = roll_back(recipe, ranks, step, index.fingerprint, start, trouble, writer)
             run_step = recorded(recipe, ranks, step)  # a recording knows the tensors of before
             monitor.restart(start.step)
-            monitor.say(start.notes[-1])
+            for note in start.notes:
+                monitor.say(note)
+            if writer is not None:  # so that it is remembered, however the run goes on
+                writer.save(start.step, state_of(recipe, step, index.fingerprint, start.rollbacks))
     if stopped and done < stop:
         raise Preempted(f"stopped by a signal after step {done}")
     return output
@@ -213,8 +216,11 @@ def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> S
         step.load_state_dict(state["model"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{what}, whose state does not fit this one's: choose another --output") from error
-    notes = [*notes, f"resumed from step {state['step']} of {recipe.output}", *changes]
-    return Start(state["step"], state.get("rollbacks", 0), notes)
+    # Who has changed the optimizer has mended what led to rollbacks.
+    rollbacks = 0 if any(change.startswith("optim.") for change in changes) else state.get("rollbacks", 0)
+    rate = f", at {0.5**rollbacks:g} of the recipe's learning rate after {rollbacks} rollbacks" if rollbacks else ""
+    notes = [*notes, f"resumed from step {state['step']} of {recipe.output}{rate}", *changes]
+    return Start(state["step"], rollbacks, notes)
 
 
 def newest(output: Path) -> tuple[dict[str, Any], list[str]] | None:
@@ -229,9 +235,17 @@ def newest(output: Path) -> tuple[dict[str, Any], list[str]] | None:
     return state, [f"{path} is damaged: put aside, and the one before is used" for path in damaged]
 
 
-def first_start(recipe: Recipe, step: TrainStep) -> Start:
-    """The beginning of a new run, from other weights where the recipe names some."""
-    return Start(0, 0, initialise(step, Path(recipe.init_from)) if recipe.init_from else [])
+def first_start(recipe: Recipe, ranks: Ranks, step: TrainStep) -> Start:
+    """The beginning of a new run, from other weights where the recipe names some: the first rank reads them for all."""
+    if not recipe.init_from:
+        return Start(0, 0, [])
+    notes = initialise(step, Path(recipe.init_from)) if ranks.first else []
+    if ranks.world > 1:
+        networks = step.bare_student.state_dict(), step.teacher.state_dict()
+        for tensor in (*networks[0].values(), *networks[1].values(), step.center):
+            dist.broadcast(tensor, 0)
+        step.update.loaded()
+    return Start(0, 0, notes)
 
 
 def roll_back(
@@ -240,11 +254,11 @@ def roll_back(
 ) -> Start:  # fmt: skip
     """Go back to the newest good checkpoint, and on from there with half the learning rate: the same batches at the
     same rate would end the same way. UserError where that was done too often, or there is no checkpoint."""
-    mend = "lower --optim.lr, or use --precision bf16 or fp32"
+    mend = "lower --optim.lr, or use --precision bf16 or fp32, and pass --accept_changes true"
     if sitting.rollbacks >= recipe.health.rollbacks:
         raise UserError(f"{trouble}: {mend}; the last checkpoint is from before")
     if writer is not None:
-        writer.drain()
+        writer.settle()
     start = resume(recipe, ranks, step, fingerprint)
     if start is None:
         raise UserError(f"{trouble}: {mend}; there was no checkpoint yet to go back to")
@@ -275,15 +289,19 @@ def skipping(recipe: Recipe, row: dict[str, Any]) -> str:
     return f"the gradients of {skipped} steps in a row were not finite" if skipped >= recipe.health.max_skipped else ""
 
 
-def not_finite(done: int, step: TrainStep) -> str:
-    """What is wrong if the state after `done` steps holds what is no number, or nothing. The host waits for the device.
+def not_finite(done: int, step: TrainStep, ranks: Ranks) -> str:
+    """What is wrong if the state after `done` steps holds what is no number, on any rank, or nothing. The host waits
+    for the device.
 
     Such a state would replace the last good checkpoint. A batch that is not finite leaves the weights alone, but not
     the statistics of batch norm.
     """
     buffers = [b for network in (step.bare_student, step.teacher) for b in network.buffers() if b.is_floating_point()]
     state = [*step.bare_student.parameters(), *step.teacher.parameters(), *buffers, step.center]
-    if torch.stack(torch._foreach_norm(state)).isfinite().all():
+    broken = 1.0 - torch.stack(torch._foreach_norm(state)).isfinite().all().float()
+    if ranks.world > 1:
+        dist.all_reduce(broken, op=dist.ReduceOp.MAX)
+    if not broken:
         return ""
     return f"the weights, the centre or batch norm's statistics after step {done} are not finite"
 
@@ -328,7 +346,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             output = train(recipe, ranks)
         if ranks.first:
             last = checkpoint.checkpoints(output)[-1]
-            print(f"done: {last}\nnext: dino-fast knn --checkpoint {last} --train {recipe.data.train} --val VAL_SHARDS")
+            scoring = f"dino-fast knn --checkpoint {last} --train {recipe.data.train} --val VAL_SHARDS"
+            with contextlib.suppress(OSError):
+                print(f"done: {last}\nnext: {scoring}")
         return 0
     except Preempted as stop:
         print(f"dino-fast train: {stop}; the same command again goes on", file=sys.stderr)
@@ -358,9 +378,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
+def leave(status: int) -> NoReturn:
+    """End the process: after an error without waiting for the loader's threads, which may stand in DALI, and with the
+    run's status though what it printed to is full."""
+    lost = False
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            lost = True
+    if status or lost:
+        os._exit(status)
+    sys.exit(0)
+
+
 if __name__ == "__main__":
-    # The loader's threads may stand in DALI: leave without waiting for them.
-    status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(status) if status else sys.exit(0)
+    leave(main())

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dino_fast.optim import clip_gradients, ema_update, set_hyper
 from dino_fast.schedules import Hyper
 
+FLOOR = 2.0**-24  # of the scale: from 2**-127 on its reciprocal is infinite, for good
 INTERVAL = 2000  # steps in a row without an overflow after which the loss is scaled by twice as much
 
 
@@ -34,7 +35,7 @@ class LossScale:
         overflowed = overflowed.bool()
         good = torch.where(overflowed, 0, self._good + 1)
         grown = good == INTERVAL
-        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0)))
+        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0))).clamp_(min=FLOOR)
         self._good.copy_(torch.where(grown, 0, good))
 
     def state_dict(self) -> dict[str, Any]:

@@ -68,7 +68,11 @@ class JsonLines:
 def _rewound(path: Path, start: int) -> BinaryIO:
     """Open a metrics file for appending, without its rows of steps from `start` on and a half-written last one."""
     if path.exists():
-        kept = [line + "\n" for line in path.read_text(encoding="utf-8").splitlines() if _step_in(line) < start]
+        kept = [
+            line + "\n"
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+            if _step_in(line) < start
+        ]
         temporary = path.with_suffix(".writing")
         temporary.write_text("".join(kept), encoding="utf-8")
         os.replace(temporary, path)
@@ -146,13 +150,19 @@ class Wandb:
         self._run.define_metric("*", step_metric="step")
 
     def write(self, row: Row) -> None:
-        self._run.log({name: value for name, value in row.items() if value is not None})
+        try:
+            self._run.log({name: value for name, value in row.items() if value is not None})
+        except Exception as error:  # whatever W&B raises, it must not end a run
+            raise OSError(f"W&B: {error}") from error
 
     def restart(self, start: int) -> None:
         """Nothing that W&B could do."""
 
     def close(self) -> None:
-        self._run.finish()
+        try:
+            self._run.finish()
+        except Exception as error:
+            raise OSError(f"W&B: {error}") from error
 
 
 def _is_finite(value: Any) -> bool:

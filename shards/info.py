@@ -157,7 +157,7 @@ def _overview(manifest: Manifest) -> Iterator[str]:
     yield f"format      version {manifest.format_version}{', tars of another maker' if manifest.foreign else ''}"
     yield f"samples     {manifest.samples:,}"
     yield f"classes     {classes}"
-    yield f"shards      {len(manifest.shards):,}, {_human(total)} ({total:,} bytes)"
+    yield f"shards      {len(manifest.shards):,}, {amount(total)} ({total:,} bytes)"
     yield f"left out    {len(manifest.rejected):,}"
     yield f"ignored     {manifest.ignored:,} files that are no pictures by their names"
     yield f"duplicates  {manifest.duplicates:,}{f' (kept; see {DUPLICATES_FILE})' if manifest.duplicates else ''}"
@@ -169,13 +169,13 @@ def _overview(manifest: Manifest) -> Iterator[str]:
 
 def _bytes_lines(records: np.ndarray) -> Iterator[str]:
     total = sum(int(_sizes(chunk).sum(dtype=np.uint64)) for chunk in _chunks(records))
-    least, median, ninety, most = map(_human, percentiles(records, _sizes, (0, 50, 90, 100)))
+    least, median, ninety, most = map(amount, percentiles(records, _sizes, (0, 50, 90, 100)))
     yield ""
     yield f"Picture bytes: min {least}, median {median}, p90 {ninety}, max {most}"
-    between = [f"{_human(low)} - {_human(high)}" for low, high in itertools.pairwise(_BYTES_EDGES)]
-    names = [f"under {_human(_BYTES_EDGES[0])}", *between, f"from {_human(_BYTES_EDGES[-1])}"]
+    between = [f"{amount(low)} - {amount(high)}" for low, high in itertools.pairwise(_BYTES_EDGES)]
+    names = [f"under {amount(_BYTES_EDGES[0])}", *between, f"from {amount(_BYTES_EDGES[-1])}"]
     yield from _bars(names, bin_counts(records, _sizes, _BYTES_EDGES))
-    yield f"  all together: {_human(total)} ({total:,} bytes)"
+    yield f"  all together: {amount(total)} ({total:,} bytes)"
 
 
 def _side_lines(records: np.ndarray) -> Iterator[str]:
@@ -251,7 +251,7 @@ def _share(count: int, total: int) -> str:
     return "< 0.1 %" if 0 < count < total / 1000 else f"{100 * count / total:.1f} %"
 
 
-def _human(size: float) -> str:
+def amount(size: float) -> str:
     """Bytes in decimal units, as ``--shard-size`` counts them, to three digits."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 999.5:

@@ -70,5 +70,8 @@ def test_dashes_in_names_are_understood_but_values_stay():
     recipe = read_recipe(["--batch-size", "64", "--crops.local-size=48", "--output", "runs/a-b", "--data.train=x--y-z"])
     assert (recipe.batch_size, recipe.crops.local_size) == (64, 48)
     assert (recipe.output, recipe.data.train) == ("runs/a-b", "x--y-z")
+    bare = read_recipe(["--dump-crops", "--seed", "3", "--accept_changes"])
+    assert (bare.dump_crops, bare.seed, bare.accept_changes) == (True, 3, True)
+    assert not read_recipe(["--dump-crops", "false"]).dump_crops
     with pytest.raises(UsageError, match=r"did you mean batch_size\?"):
         read_recipe(["--batch-sise", "64"])
