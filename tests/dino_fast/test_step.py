@@ -338,7 +338,7 @@ def test_what_is_no_number_any_more_is_found_before_it_is_saved() -> None:
         assert not_finite(3, step, ALONE) == ""
         network, _, tensor = name.partition(".")
         held = step.center if not tensor else getattr(step, network).state_dict()[tensor]
-        held.view(-1)[0] = torch.nan
+        held[(0,) * held.dim()] = torch.nan
         assert "after step 3 are not finite" in not_finite(3, step, ALONE), name
 
 
