@@ -131,6 +131,7 @@ def test_killed_at_random_moments_a_run_ends_as_if_it_had_not_been(run, tmp_path
     assert_equal_runs(tmp_path / "whole", output)
 
 
+@pytest.mark.slow  # tests/faults has quick ones
 def test_killed_during_training_and_during_a_checkpoint_a_run_ends_the_same(run, tmp_path: Path):
     """The quick form of the slow test: one kill of each kind."""
     options = ("--max_steps", "9")
@@ -145,6 +146,7 @@ def test_killed_during_training_and_during_a_checkpoint_a_run_ends_the_same(run,
     assert not list(output.glob(".writing-*"))
 
 
+@pytest.mark.slow  # another number of ranks goes further, below
 def test_two_ranks_resume(run, tmp_path: Path):
     options = ("--epochs", "2", "--max_steps")
     whole = run(*options, "4", output="whole", ranks=2)

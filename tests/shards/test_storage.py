@@ -696,7 +696,8 @@ class Stalling:
                 else:
                     self.stalled.set()
                 passed += len(data)
-        far.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the way back may have closed it already
+            far.shutdown(socket.SHUT_WR)
 
     def _pass_back(self, far: socket.socket, near: socket.socket) -> None:
         with far, near, contextlib.suppress(OSError):
