@@ -232,7 +232,14 @@ def load_newest(folder: Path) -> tuple[dict[str, Any], list[Path]] | None:
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoint files of a folder, oldest first; of two of one step, the one that was written first."""
     found = (path for path in folder.glob("step-*.pt") if _NAME.fullmatch(path.name))
-    return sorted(found, key=lambda path: (step_of(path), path.stat().st_mtime_ns))
+    return sorted(found, key=lambda path: (step_of(path), _written_at(path)))
+
+
+def _written_at(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # pruned by its run meanwhile
+        return 0
 
 
 def step_of(path: Path) -> int:

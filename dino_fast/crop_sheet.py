@@ -1,8 +1,5 @@
 """A picture of the crops that a step was given: the augmentation as the networks see it."""
 
-import contextlib
-import os
-import uuid
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from pipelines.photometric import MEAN, STD
 from shards.errors import UserError, mend_of
+from shards.show import write_png
 
 GAP = 8  # pixels around every crop
 BACKGROUND = 128  # grey level
@@ -21,14 +19,8 @@ BACKGROUND = 128  # grey level
 def write_crop_sheet(path: Path, globals_: Tensor, locals_: Tensor | None, batch: int, pictures: int = 8) -> None:
     """Write `crop_sheet` as a PNG file, whole or not at all. UserError where that is refused."""
     sheet = Image.fromarray(crop_sheet(globals_, locals_, batch, pictures))
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        try:
-            sheet.save(temporary, "PNG")
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        write_png(sheet, path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; {mend_of(error)}") from error
 

@@ -58,19 +58,24 @@ def save(sheet: Image.Image, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if path.suffix.lower() != ".png":
         raise UserError(f"{printable(str(path))}: the sheet is a PNG picture; give --grid a name that ends in .png")
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
     try:
-        try:
-            sheet.save(temporary, "PNG")
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        write_png(sheet, path)
     except OSError as error:
         raise UserError(
             f"cannot write {printable(str(path))}: {error.strerror or error}; give --grid a file in a folder that "
             "exists, has room, and that you may write to"
         ) from error
+
+
+def write_png(sheet: Image.Image, path: Path) -> None:
+    """Write a file, whole or not at all. Raises OSError where that is refused."""
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    try:
+        sheet.save(temporary, "PNG")
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def _cell(index: ShardIndex, id: int, side: int, font: Font) -> Image.Image:
