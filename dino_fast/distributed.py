@@ -70,9 +70,13 @@ def _attempt() -> str:
     return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else '0'}"
 
 
+_GLOO = ("gloo", "caused pair closure", "Connection closed by peer")
+
+
 def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank was silent or gone. gloo has no error of its own for that."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error)
+    """Whether a collective failed because another rank was silent or gone. gloo has no error of its own for that, and
+    names itself only where it gives the line of its source."""
+    return isinstance(error, dist.DistError) or any(words in str(error) for words in _GLOO)
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:

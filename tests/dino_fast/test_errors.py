@@ -11,6 +11,7 @@ import torch
 
 from dino_fast import checkpoint
 from dino_fast.__main__ import main as dino_fast
+from dino_fast.distributed import lost_rank
 from tests.shards.manifests import forge
 
 
@@ -191,3 +192,17 @@ def test_unknown_commands(capsys):
     assert "choose train, plan, knn, linear or doctor" in capsys.readouterr().err
     assert dino_fast([]) == 0
     assert "usage: dino-fast" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("message", "lost"),
+    [
+        ("[transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:31000", True),
+        ("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:78] Timed out waiting 10000ms", True),
+        ("Application timeout caused pair closure", True),
+        ("shape '[2, 3]' is invalid for input of size 5", False),
+    ],
+)
+def test_what_gloo_says_of_a_lost_rank_is_known(message: str, lost: bool):
+    """It depends on the moment which of its messages comes, and not all name it."""
+    assert lost_rank(RuntimeError(message)) is lost

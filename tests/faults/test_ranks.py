@@ -79,7 +79,7 @@ def test_a_hung_rank_ends_the_other_within_the_timeout(start_ranks, tmp_path: Pa
     hung.tell(SIGSTOP)
     assert running.wait(60) == 1
     lines = running.err.splitlines()
-    assert len(lines) == 1, lines
+    assert len(lines) == 1, running.err
     assert lines[0].startswith("dino-fast train: another rank has ended, or was silent for --timeout seconds (")
     assert_nothing_lost(tmp_path / "run", [1])
     assert not half_written(tmp_path / "run")
