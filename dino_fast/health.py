@@ -116,6 +116,7 @@ REMEDIES = {
     _DIMENSIONS: f"lower --optim.lr, raise --optim.ema_momentum if batches are small, or {_FREEZE}",
     _CENTER: "keep the prototypes' lengths at 1 with --head.norm_last_layer true, or lower --optim.lr",
 }
+GO_ON = "go on from here with --accept_changes true, or begin anew in another --output"
 
 
 class Alarms:
@@ -148,7 +149,7 @@ class Alarms:
             figures |= dict.fromkeys(("target_kl", "feature_rank", "feature_std"), math.nan)
         found = [sign(figures, self._prototypes) for sign in (_uniform, _one_point, _dimensions, _center)]
         return [
-            f"{sign.kind} at step {figures['step']:.0f}: {sign.finding}: {REMEDIES[sign.kind]}"
+            f"{sign.kind} at step {figures['step']:.0f}: {sign.finding}: {REMEDIES[sign.kind]}; {GO_ON}"
             for sign in found
             if self._is_new(sign.kind, sign.distance)
         ]

@@ -20,7 +20,8 @@ last one:
   10⁶ bytes, the mean over ranks;
 - `read_mb_per_s`: compressed pictures read by all ranks, in 10⁶ bytes a second; `requests_ready`, `batches_ready`:
   read ahead and made ahead, on average (`loader.Figures`); `bad_samples`: replaced so far, by all ranks;
-- `seconds`: by the clock of the first rank, without pauses; `time`: when it was logged, Unix seconds;
+- `seconds`: by the clock of the first rank, without pauses; `paused_s`: those of the pauses, in which a checkpoint was
+  copied or the one before it waited for, or a score taken; `time`: when it was logged, Unix seconds;
 - and what `tick` was given besides, as the mean over ranks.
 
 What `record` is given comes as a row of its own, with `step` and `time`.
@@ -32,6 +33,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -61,12 +63,12 @@ class Clock:
         finally:
             self._paused += time.monotonic() - start
 
-    def read(self) -> float:
-        """Seconds since the last reading; starts the next count."""
+    def read(self) -> tuple[float, float]:
+        """Seconds since the last reading, and those of the pauses apart; starts the next count."""
         now = time.monotonic()
-        seconds = now - self._start - self._paused
+        seconds, paused = now - self._start - self._paused, self._paused
         self._start, self._paused = now, 0.0
-        return seconds
+        return seconds, paused
 
 
 class Sums:
@@ -126,9 +128,11 @@ class Monitor:
         parameters: Sequence[str],
         flops_per_image: float,
         wandb: str = "",
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """batch: images a step, of all ranks; start, stop: the first step and the one after the last; parameters: names
-        of the student's, in the order of `StepOutput.grad_norms`; wandb: a W&B project, "" for none.
+        of the student's, in the order of `StepOutput.grad_norms`; wandb: a W&B project, "" for none; settings: the
+        run's, for W&B to show.
 
         Raises UserError where W&B does not take the run, OSError where the output folder does not.
         """
@@ -138,7 +142,7 @@ class Monitor:
         peak = peak_flops(ranks.device)
         self._peak_images_per_s = peak / flops_per_image if peak else None  # of one GPU
         self._clock = Clock()
-        self._writers: list[Writer] = writers(output, start, wandb) if ranks.first else []
+        self._writers: list[Writer] = writers(output, start, wandb, settings) if ranks.first else []
         self._display = Display(start, stop) if ranks.first else None
 
     def __enter__(self) -> "Monitor":
@@ -226,12 +230,12 @@ class Monitor:
         sums, world, steps, data = self._sums, self._ranks.world, self._sums.steps, loader.figures()
         if self._ranks.device.type == "cuda":
             torch.cuda.current_stream(self._ranks.device).synchronize()  # or the clock would run behind the steps
-        clock = self._clock.read(), time.time()
+        clock = dict(zip(("seconds", "paused_s", "time"), (*self._clock.read(), time.time()), strict=True))
         own: dict[str, float | Tensor] = {
             **sums.read(), "in_a_row": sums.in_a_row, "stall": data.stall, "read": data.read_bytes,
             "requests_ready": data.requests_ready, "batches_ready": data.batches_ready, "bad": len(loader.bad),
             "memory": peak_memory(self._ranks.device),
-            "seconds": clock[0] if self._ranks.first else 0.0, "time": clock[1] if self._ranks.first else 0.0,
+            **(clock if self._ranks.first else dict.fromkeys(clock, 0.0)),
         }  # fmt: skip
         assert own.keys().isdisjoint(more)
         total = over_ranks({**own, **more}, self._ranks)
@@ -250,7 +254,8 @@ class Monitor:
             "mfu": rate / world / self._peak_images_per_s if self._peak_images_per_s else None,
             "memory_mb": total["memory"] / world / 1e6, "read_mb_per_s": total["read"] / 1e6 / seconds,
             "requests_ready": total["requests_ready"] / world, "batches_ready": total["batches_ready"] / world,
-            "bad_samples": round(total["bad"]), "seconds": seconds, "time": total["time"],
+            "bad_samples": round(total["bad"]),
+            "seconds": seconds, "paused_s": total["paused_s"], "time": total["time"],
             **{name: total[name] / world for name in more},
         }  # fmt: skip
 

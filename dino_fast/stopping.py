@@ -1,6 +1,9 @@
 """SIGTERM and SIGUSR1, by which clusters take a machine back: all ranks stop after the same step."""
 
+import contextlib
+import os
 import signal
+from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
 from typing import Any
@@ -11,6 +14,26 @@ import torch.distributed as dist
 from dino_fast.distributed import Ranks
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+PREEMPTED = 85  # exit status of a run that was told to stop: not an error, and not the end
+
+
+@contextlib.contextmanager
+def nothing_to_lose() -> Iterator[None]:
+    """While a run is put together the two signals end the process at once, with the status of a run that was told to
+    stop. Whoever takes the signals meanwhile keeps them."""
+    before = {number: signal.signal(number, _leave) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is _leave:
+                signal.signal(number, handler)
+
+
+def _leave(_: int, __: FrameType | None) -> None:
+    """An exception could be caught by any library that is at work. A run that survives kill -9 survives this."""
+    os.write(2, b"dino-fast train: stopped by a signal before the first step; the same command again goes on\n")
+    os._exit(PREEMPTED)
 
 
 class StopSignal:

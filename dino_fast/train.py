@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -30,13 +31,12 @@ from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
 from dino_fast.schedules import Hyper, Schedules
 from dino_fast.step import TrainStep, build_student_teacher
-from dino_fast.stopping import StopSignal
+from dino_fast.stopping import PREEMPTED, StopSignal, nothing_to_lose
 from dino_fast.update import KernelUpdate
-from pipelines.loader import Loader, open_index
+from pipelines.loader import Batch, Loader, open_index
 from shards.errors import UserError
 from shards.lock import locked
 
-PREEMPTED = 85  # exit status of a run that was told to stop: not an error, and not the end
 # Up to here a GPU is expected to wait for the host's launches: some 2,000 of 3 µs take as long as 16 images on an H200.
 SMALL_BATCH = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,6 +54,39 @@ class Start(NamedTuple):
     """how often the run has gone back to a checkpoint so far, each time for half the learning rate"""
     notes: list[str]
     """what to tell"""
+
+
+class Ending(NamedTuple):
+    """How a sitting ended."""
+
+    done: int
+    """steps of the run"""
+    trouble: str
+    """why the run must go back to a checkpoint; empty: it need not"""
+    told: bool
+    """by a signal"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """The parts of a run, put together."""
+
+    recipe: Recipe
+    ranks: Ranks
+    loader: Loader
+    schedules: Schedules
+    step: TrainStep
+    graphed: bool
+    """whether steps are recorded as a CUDA graph"""
+    stop: int
+    """steps when it is over"""
+    knn: OnlineKnn | None
+    stopping: StopSignal
+    monitor: Monitor
+    writer: checkpoint.Writer | None
+    """of checkpoints; only the first rank has one"""
+    fingerprint: str
+    """of the data"""
 
 
 def train(recipe: Recipe, ranks: Ranks) -> Path:
@@ -78,67 +111,68 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     # ---- Networks, optimizer
     step = build_step(recipe, ranks)
     compiling = compile_step(recipe, ranks, step)
-    run_step = recorded(recipe, ranks, step)
+    graphed = wants_graph(recipe, ranks, step)
 
     # ---- Where to start, where to stop
     start = resume(recipe, ranks, step, index.fingerprint) or first_start(recipe, ranks, step)
     stop = min(recipe.max_steps or schedules.total_steps, schedules.total_steps)
-    save_every = max(1, schedules.steps(recipe.checkpoint.every))
-    keep_every = schedules.steps(recipe.checkpoint.keep_every)
-    score_every = max(1, schedules.steps(recipe.knn.every))
-    alarms = Alarms(recipe.head.out_dim, min(PICTURES, recipe.batch_size // ranks.world))
     names = [name for name, _ in step.bare_student.named_parameters()]
 
-    # ---- The loop
+    # ---- The sittings: one, unless the run has to go back to a checkpoint
     with (
         StopSignal(ranks, recipe.timeout) as stopping,
         Monitor(
             output, ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start.step,
             stop=stop, log_every=recipe.log_every, parameters=names, flops_per_image=flops_an_image(recipe),
-            wandb=recipe.wandb,
+            wandb=recipe.wandb, settings=plain(recipe),
         ) as monitor,
-        written(recipe, ranks, keep_every, monitor) as writer,
+        written(recipe, ranks, schedules.steps(recipe.checkpoint.keep_every), monitor) as writer,
     ):  # fmt: skip
-        for note in [*start.notes, *compiling, *loader.notes]:
+        for note in [*start.notes, *slow_precision(recipe, ranks), *compiling, *loader.notes]:
             monitor.say(note)
-        while True:
-            trouble, stopped = "", False
-            with contextlib.closing(loader.batches(start.step, stop)) as batches:
-                for batch in batches:
-                    if recipe.dump_crops and ranks.first and not (output / "crops.png").exists():
-                        write_crop_sheet(output / "crops.png", batch.globals, batch.locals, len(batch.ids))
-                    at = schedules.at(batch.step, start.rollbacks)
-                    out = run_step(batch.globals, batch.locals, at)
-                    figures = seen(step, batch.globals, at) if monitor.due(batch.step) else {}
-                    row = monitor.tick(batch.step, at, out, loader, figures)
-                    done = batch.step + 1
-                    stopped = stopping.agreed()
-                    if row is not None:
-                        trouble = skipping(recipe, row) or (not_finite(done, step, ranks) if row["skipped"] else "")
-                        for alarm in alarms.check(row):
-                            monitor.say(alarm)
-                    if done % save_every == 0 or done == stop or (keep_every and done % keep_every == 0) or stopped:
-                        trouble = trouble or not_finite(done, step, ranks)
-                        if writer is not None and not trouble:
-                            with monitor.paused():
-                                writer.save(done, state_of(recipe, step, index.fingerprint, start.rollbacks))
-                    if trouble or stopped:
-                        break
-                    if knn is not None and (done % score_every == 0 or done == stop):
-                        with monitor.paused():
-                            score(knn, step, batch.step, monitor)
-            if not trouble:
-                break
-            start = roll_back(recipe, ranks, step, index.fingerprint, start, trouble, writer)
-            run_step = recorded(recipe, ranks, step)  # a recording knows the tensors of before
-            monitor.restart(start.step)
-            for note in start.notes:
-                monitor.say(note)
-            if writer is not None:  # so that it is remembered, however the run goes on
-                writer.save(start.step, state_of(recipe, step, index.fingerprint, start.rollbacks))
-    if stopped and done < stop:
-        raise Preempted(f"stopped by a signal after step {done}")
+        run = Run(
+            recipe, ranks, loader, schedules, step, graphed, stop, knn, stopping, monitor, writer, index.fingerprint
+        )
+        end = sitting(run, start)
+        while end.trouble:
+            start = roll_back(run, start, end.trouble)
+            end = sitting(run, start)
+    if end.told and end.done < stop:
+        raise Preempted(f"stopped by a signal after step {end.done}")
     return output
+
+
+def sitting(run: Run, start: Start) -> Ending:
+    """Train from `start` up to the run's last step, a signal, or trouble."""
+    recipe, ranks, step, monitor = run.recipe, run.ranks, run.step, run.monitor
+    run_step = GraphedStep(step) if run.graphed else step  # a recording knows the tensors of its own sitting
+    alarms = Alarms(recipe.head.out_dim, min(PICTURES, recipe.batch_size // ranks.world))
+    save_every = max(1, run.schedules.steps(recipe.checkpoint.every))
+    keep_every = run.schedules.steps(recipe.checkpoint.keep_every)
+    score_every = max(1, run.schedules.steps(recipe.knn.every))
+    done, trouble, told = start.step, "", False
+    with contextlib.closing(run.loader.batches(start.step, run.stop)) as batches:
+        for batch in batches:
+            show_crops(run, batch)
+            at = run.schedules.at(batch.step, start.rollbacks)
+            out = run_step(batch.globals, batch.locals, at)
+            figures = seen(step, batch.globals, at) if monitor.due(batch.step) else {}
+            row = monitor.tick(batch.step, at, out, run.loader, figures)
+            done, last = batch.step + 1, batch.step + 1 == run.stop
+            told = run.stopping.agreed()
+            if row is not None:
+                trouble = skipping(recipe, row) or (not_finite(done, step, ranks) if row["skipped"] else "")
+                for alarm in alarms.check(row):
+                    monitor.say(alarm)
+            if done % save_every == 0 or (keep_every and done % keep_every == 0) or last or told:
+                trouble = trouble or not_finite(done, step, ranks)
+                if not trouble:
+                    save(run, done, start.rollbacks)
+            if trouble or (told and not last):
+                break
+            if run.knn is not None and (done % score_every == 0 or last):
+                score(run.knn, step, batch.step, monitor)
+    return Ending(done, trouble, told)
 
 
 def claimed(recipe: Recipe, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
@@ -185,14 +219,20 @@ def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
     ]
 
 
-def recorded(recipe: Recipe, ranks: Ranks, step: TrainStep) -> TrainStep | GraphedStep:
-    """The step, as a CUDA graph where the recipe says so. UserError where that is not possible."""
+def slow_precision(recipe: Recipe, ranks: Ranks) -> list[str]:
+    """What to tell about the recipe's precision on this device."""
+    if recipe.precision == "fp16" and ranks.device.type == "cpu":
+        return ["fp16 is emulated on CPUs, many times slower than fp32: stop, and pass --precision fp32"]
+    return []
+
+
+def wants_graph(recipe: Recipe, ranks: Ranks, step: TrainStep) -> bool:
+    """Whether steps are recorded as a CUDA graph. UserError where the recipe says so and it is not possible."""
     possible = isinstance(step.update, KernelUpdate) and ranks.device.type == "cuda" and ranks.world == 1
     if recipe.graph == "always" and not possible:
         raise UserError("--graph always: that takes one GPU, no other ranks, and Triton; leave it out")
     small = recipe.batch_size // recipe.accumulate <= SMALL_BATCH
-    wanted = recipe.graph == "always" or (recipe.graph == "auto" and small)
-    return GraphedStep(step) if possible and wanted else step
+    return possible and (recipe.graph == "always" or (recipe.graph == "auto" and small))
 
 
 def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> Start | None:
@@ -248,25 +288,39 @@ def first_start(recipe: Recipe, ranks: Ranks, step: TrainStep) -> Start:
     return Start(0, 0, notes)
 
 
-def roll_back(
-    recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str, sitting: Start, trouble: str,
-    writer: checkpoint.Writer | None,
-) -> Start:  # fmt: skip
+def roll_back(run: Run, before: Start, trouble: str) -> Start:
     """Go back to the newest good checkpoint, and on from there with half the learning rate: the same batches at the
     same rate would end the same way. UserError where that was done too often, or there is no checkpoint."""
+    recipe = run.recipe
     mend = "lower --optim.lr, or use --precision bf16 or fp32, and pass --accept_changes true"
-    if sitting.rollbacks >= recipe.health.rollbacks:
+    if before.rollbacks >= recipe.health.rollbacks:
         raise UserError(f"{trouble}: {mend}; the last checkpoint is from before")
-    if writer is not None:
-        writer.settle()
-    start = resume(recipe, ranks, step, fingerprint)
+    if run.writer is not None:
+        run.writer.settle()
+    start = resume(recipe, run.ranks, run.step, run.fingerprint)
     if start is None:
         raise UserError(f"{trouble}: {mend}; there was no checkpoint yet to go back to")
-    rollbacks = sitting.rollbacks + 1
+    rollbacks = before.rollbacks + 1
+    run.monitor.restart(start.step)
     note = f"{trouble}: back to step {start.step}, and on with {0.5**rollbacks:g} of the recipe's learning rate"
-    return Start(
-        start.step, rollbacks, [*start.notes, f"{note} ({rollbacks} of --health.rollbacks {recipe.health.rollbacks})"]
-    )
+    for line in [*start.notes, f"{note} ({rollbacks} of --health.rollbacks {recipe.health.rollbacks})"]:
+        run.monitor.say(line)
+    save(run, start.step, rollbacks)  # so that it is remembered, however the run goes on
+    return Start(start.step, rollbacks, [])
+
+
+def save(run: Run, done: int, rollbacks: int) -> None:
+    """Have the checkpoint after `done` steps written; the clock stands while the state is copied."""
+    if run.writer is not None:
+        with run.monitor.paused():
+            run.writer.save(done, state_of(run.recipe, run.step, run.fingerprint, rollbacks))
+
+
+def show_crops(run: Run, batch: Batch) -> None:
+    """Write the sheet of a batch's crops, if the recipe wants one and there is none yet."""
+    sheet = Path(run.recipe.output) / "crops.png"
+    if run.recipe.dump_crops and run.ranks.first and not sheet.exists():
+        write_crop_sheet(sheet, batch.globals, batch.locals, len(batch.ids))
 
 
 def seen(step: TrainStep, globals_: Tensor, at: Hyper) -> dict[str, float | Tensor]:
@@ -276,9 +330,13 @@ def seen(step: TrainStep, globals_: Tensor, at: Hyper) -> dict[str, float | Tens
 
 
 def score(knn: OnlineKnn, step: TrainStep, number: int, monitor: Monitor) -> None:
-    """Record the teacher's k-NN score. A picture that cannot be read costs the score, not the run."""
+    """Record the teacher's k-NN score, while the clock stands, and the seconds that it took. A picture that cannot be
+    read costs the score, not the run."""
+    begin = time.monotonic()
     try:
-        monitor.record(number, {"knn_top1": knn.score(step.teacher.backbone)})
+        with monitor.paused():
+            top1 = knn.score(step.teacher.backbone)
+        monitor.record(number, {"knn_top1": top1, "knn_s": time.monotonic() - begin})
     except UserError as error:
         monitor.say(f"no k-NN score after step {number + 1}: {error}")
 
@@ -342,13 +400,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The train command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call, PREEMPTED."""
     try:
         recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
-        with join(recipe.device, recipe.timeout) as ranks, claimed(recipe, ranks):
+        with join(recipe.device, recipe.timeout) as ranks, nothing_to_lose(), claimed(recipe, ranks):
             output = train(recipe, ranks)
         if ranks.first:
             last = checkpoint.checkpoints(output)[-1]
-            scoring = f"dino-fast knn --checkpoint {last} --train {recipe.data.train} --val VAL_SHARDS"
             with contextlib.suppress(OSError):
-                print(f"done: {last}\nnext: {scoring}")
+                print(f"done: {last}")
+                print(f"next, with labelled shards: dino-fast knn --checkpoint {last} --train SHARDS --val SHARDS")
         return 0
     except Preempted as stop:
         print(f"dino-fast train: {stop}; the same command again goes on", file=sys.stderr)

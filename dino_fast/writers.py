@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]  # numbers, or None for a figure that there is not
 
-NOT_DRAWN = ("step", "time", "seconds")  # no curves of their own
+NOT_DRAWN = ("step", "time", "seconds", "paused_s")  # no curves of their own
 
 
 class Writer(Protocol):
@@ -27,9 +28,10 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
-def writers(output: Path, start: int, wandb: str = "") -> list[Writer]:
-    """All of a run that goes on at step `start`; `wandb` is a W&B project, "" for none. Raises UserError, OSError."""
-    remote: list[Writer] = [Wandb(wandb, output)] if wandb else []  # the one that may refuse
+def writers(output: Path, start: int, wandb: str = "", settings: Mapping[str, Any] | None = None) -> list[Writer]:
+    """All of a run that goes on at step `start`; `wandb` is a W&B project, "" for none, to which `settings` are told.
+    Raises UserError, OSError."""
+    remote: list[Writer] = [Wandb(wandb, output, settings or {})] if wandb else []  # the one that may refuse
     return [*remote, JsonLines(output / "metrics.jsonl", start), TensorBoard(output / "tensorboard", start)]
 
 
@@ -128,8 +130,11 @@ class Wandb:
     twice.
     """
 
-    def __init__(self, project: str, output: Path) -> None:
-        """Raises UserError where the package is missing, or W&B does not take the run."""
+    def __init__(self, project: str, output: Path, settings: Mapping[str, Any]) -> None:
+        """settings: of the run, plain data; W&B shows those of its last sitting.
+
+        Raises UserError where the package is missing, or W&B does not take the run.
+        """
         try:
             from wandb import Error, Settings, init
         except ImportError as error:
@@ -138,9 +143,9 @@ class Wandb:
             ) from error
         kept = output / "wandb-id.txt"
         known = kept.read_text().strip() if kept.exists() else None
-        settings = Settings(console="off")  # it would read along all that the bar draws
+        quiet = Settings(console="off")  # it would read along all that the bar draws
         try:
-            self._run = init(project=project, dir=str(output), id=known, resume="allow", settings=settings)
+            self._run = init(project=project, dir=str(output), id=known, resume="allow", settings=quiet)
         except Error as error:
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(
@@ -148,6 +153,7 @@ class Wandb:
             ) from error
         kept.write_text(self._run.id + "\n")
         self._run.define_metric("*", step_metric="step")
+        self._run.config.update(dict(settings), allow_val_change=True)
 
     def write(self, row: Row) -> None:
         try:

@@ -20,7 +20,7 @@ from dino_fast.compiled import compile_backbones
 from dino_fast.config import Recipe, settings_of
 from dino_fast.half_weights import keep_half_weights
 from dino_fast.head import HeadRecipe
-from dino_fast.health import PATIENCE, REMEDIES, Alarms, Probe, probe, rank_me, spread_of_targets, unit_std
+from dino_fast.health import GO_ON, PATIENCE, REMEDIES, Alarms, Probe, probe, rank_me, spread_of_targets, unit_std
 from dino_fast.loss import LossRecipe
 from dino_fast.optim import OptimRecipe, build_optimizer
 from dino_fast.schedules import Hyper
@@ -285,7 +285,7 @@ def test_an_alarm_needs_a_few_logs_and_comes_once_until_it_is_over(kind: str) ->
     assert _lines(alarms, *[ILL[kind]] * (PATIENCE - 1)) == []
     (line,) = _lines(alarms, ILL[kind])
     assert line.startswith(f"{kind} at step 1000: ")
-    assert line.endswith(REMEDIES[kind])
+    assert line.endswith(f": {REMEDIES[kind]}; {GO_ON}")
     assert "\n" not in line
     assert _lines(alarms, *[ILL[kind]] * 20) == []
     assert _lines(alarms, {}) == []  # over
@@ -345,7 +345,7 @@ def test_few_pictures_say_nothing_of_spread() -> None:
 
 def test_remedies_name_settings_that_there_are() -> None:
     settings = settings_of(Recipe)
-    for remedy in REMEDIES.values():
+    for remedy in (*REMEDIES.values(), GO_ON):
         flags = re.findall(r"--([\w.]+)", remedy)
         assert flags
         assert [flag for flag in flags if flag not in settings] == []

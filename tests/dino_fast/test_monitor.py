@@ -326,7 +326,7 @@ def test_tensorboard_has_a_curve_of_each_figure(tmp_path: Path):
         row = watched.tick(0, AT, poisoned(), FakeLoader())
         watched.tick(1, AT, good(), FakeLoader())
     board = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert set(board.Tags()["scalars"]) == row.keys() - {"step", "time", "seconds", "mfu"}
+    assert set(board.Tags()["scalars"]) == row.keys() - {"step", "time", "seconds", "paused_s", "mfu"}
     assert [(event.step, event.value) for event in board.Scalars("skipped")] == [(0, 1), (1, 0)]
     assert [event.step for event in board.Scalars("loss")] == [1]
 
@@ -397,8 +397,19 @@ class StubError(Exception):
 
 
 @dataclass
+class StubConfig:
+    shown: dict[str, Any] = field(default_factory=dict)
+
+    def update(self, settings: dict[str, Any], *, allow_val_change: bool = False) -> None:
+        """As W&B's: a value that is there already is not changed by accident."""
+        assert allow_val_change or not self.shown.keys() & settings.keys()
+        self.shown.update(settings)
+
+
+@dataclass
 class StubRun:
     id: str
+    config: StubConfig = field(default_factory=StubConfig)
     rows: list[dict[str, Any]] = field(default_factory=list)
     defined: dict[str, Any] = field(default_factory=dict)
     finished: bool = False
@@ -433,9 +444,9 @@ def wandb(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
 
 def test_wandb_gets_the_rows_and_all_sittings_are_one_run(tmp_path: Path, wandb: types.SimpleNamespace):
     folder = str(tmp_path)
-    with build(tmp_path, wandb="photos") as watched:
+    with build(tmp_path, wandb="photos", settings={"epochs": 100}) as watched:
         first = watched.tick(0, AT, poisoned(), FakeLoader())
-    with build(tmp_path, wandb="photos", start=1) as watched:
+    with build(tmp_path, wandb="photos", start=1, settings={"epochs": 200}) as watched:
         second = watched.tick(1, AT, good(), FakeLoader())
         watched.restart(1)
         watched.tick(1, AT, good(), FakeLoader())
@@ -446,6 +457,7 @@ def test_wandb_gets_the_rows_and_all_sittings_are_one_run(tmp_path: Path, wandb:
     assert run.rows[1] == {name: value for name, value in second.items() if value is not None}
     assert [row["step"] for row in run.rows] == [0, 1, 1]
     assert run.defined == {"*": {"step_metric": "step"}}
+    assert run.config.shown == {"epochs": 200}
     assert run.finished
 
 

@@ -31,7 +31,7 @@ def assert_equal_runs(one: Path, other: Path) -> None:
     torch.testing.assert_close(first["model"], second["model"], rtol=0, atol=0)
     timing = {
         "images_per_s", "images_per_s_per_gpu", "stall", "read_mb_per_s", "requests_ready", "batches_ready", "seconds",
-        "time", "step_ms", "data_ms", "forward_ms", "backward_ms", "update_ms", "memory_mb",
+        "paused_s", "time", "step_ms", "data_ms", "forward_ms", "backward_ms", "update_ms", "memory_mb",
     }  # fmt: skip
     logged = [[{k: v for k, v in row.items() if k not in timing} for row in rows_of(run)] for run in (one, other)]
     assert logged[0] == logged[1]

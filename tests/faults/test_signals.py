@@ -9,7 +9,7 @@ from signal import SIGCONT, SIGSTOP, SIGTERM, SIGUSR1
 
 import pytest
 
-from dino_fast.train import PREEMPTED
+from dino_fast.stopping import PREEMPTED
 from tests.faults.conftest import Process
 from tests.faults.runs import (
     assert_as_if_nothing_had_happened,
@@ -59,6 +59,19 @@ def test_a_signal_ends_the_run_after_the_step_under_way_and_the_same_command_goe
     run.tell(SIGTERM)
     assert_stopped(run, output, at_most)
     finish(train_here, output, tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_step_ends_the_run_at_once(start, train_here, tmp_path: Path):
+    """With the same status, so that a cluster treats it alike; there is nothing yet to save."""
+    output = tmp_path / "run"
+    run = start("--max_steps", "2")
+    assert run.wait_until(output.is_dir)
+    run.tell(SIGTERM)
+    assert run.wait() == PREEMPTED
+    assert run.err == "dino-fast train: stopped by a signal before the first step; the same command again goes on\n"
+    assert not rows_of(output)
+    assert train_here(output, "--max_steps", "2") == 0
+    assert len(rows_of(output)) == 2
 
 
 @pytest.mark.slow
