@@ -1,4 +1,4 @@
-"""What the display and the logs cost: the time that they take from a step, as a share of it.
+"""What the display, the logs and the figures for the alarms cost: the time that they take from a step, as its share.
 
     python -m bench.monitor [--step_ms MS] [--log_every 50] [--rounds 5] [--batch 8] [--backbone resnet50] ...
                             [--json bench/results/X.jsonl]
@@ -9,9 +9,10 @@ Figures of a round:
 
 - tick: µs of a call for a step that is not logged; on a GPU until its work is launched;
 - log: ms of a call for one that is; on a GPU with its wait for the device, which has nothing else to do;
+- look: ms of what a log asks besides: a forward pass of the teacher and its figures (`dino_fast/health.py`);
 - background: percent of one core that other threads take while nothing is called: what the bar takes at most from the
   step, where that needs all cores;
-- share: percent of a step: (tick + log / log_every) / step, and the background.
+- share: percent of a step: (tick + (log + look) / log_every) / step, and the background.
 
 The step's time is --step_ms, or measured: that of `bench.step`'s arm "ours", whose settings of the recipe are these.
 """
@@ -30,17 +31,18 @@ from typing import Any
 import torch
 
 from bench.roofline import finished
-from bench.step import KINDS, add_arguments, build_arm, choose_device, one_round, recipe_of, steady
+from bench.step import KINDS, add_arguments, build_arm, choose_device, loader_views, one_round, recipe_of, steady
 from bench.timing import interleaved, record, records, report
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.flops import flops_an_image
 from dino_fast.monitor import Monitor
-from dino_fast.step import StepOutput, build_student_teacher
+from dino_fast.step import StepOutput
+from dino_fast.train import build_step, seen
 from pipelines.loader import Figures as LoaderFigures
 
-TICKS, LOGS, IDLE = 500, 20, 2.0  # calls, calls and seconds of a round
-UNITS = {"tick": "µs", "log": "ms", "background": "%", "share": "%"}
+TICKS, LOGS, LOOKS, IDLE = 500, 20, 5, 2.0  # calls, calls, calls and seconds of a round
+UNITS = {"tick": "µs", "log": "ms", "look": "ms", "background": "%", "share": "%"}
 
 Figures = dict[str, float]  # by the names of UNITS
 
@@ -62,10 +64,10 @@ class Watched:
     """A monitor's parts of a run of the recipe, without the run."""
 
     def __init__(self, recipe: Recipe, device: torch.device) -> None:
-        with torch.device("meta"):
-            student, _ = build_student_teacher(recipe.backbone, recipe.head)
         self._recipe, self._device = recipe, device
-        self._names = [name for name, _ in student.named_parameters()]
+        self._step = build_step(recipe, Ranks(0, 1, device))
+        self._globals = loader_views(recipe, device)[0]
+        self._names = [name for name, _ in self._step.bare_student.named_parameters()]
         loss, entropy, norm, skipped = torch.tensor([5.0, 2.0, 1.0, 0.0], device=device).unbind()
         self._out = StepOutput(loss, entropy, norm, skipped, torch.rand(len(self._names), device=device))
         self._loader: Any = SimpleNamespace(figures=lambda: LoaderFigures(0.0, 0, 2.0, 2.0), bad={})
@@ -91,6 +93,15 @@ class Watched:
         finished(self._device)
         return seconds
 
+    def look(self) -> float:
+        """Seconds of a look at targets and features, as each log takes one."""
+        at = steady(self._recipe)
+        seen(self._step, self._globals, at)
+        start = finished(self._device)
+        for _ in range(LOOKS):
+            seen(self._step, self._globals, at)
+        return (finished(self._device) - start) / LOOKS
+
 
 def one_arm(watched: Watched, terminal: bool, step: float, log_every: int) -> Figures:
     """A round. step: its seconds."""
@@ -102,8 +113,11 @@ def one_arm(watched: Watched, terminal: bool, step: float, log_every: int) -> Fi
             background = (time.process_time() - used) / IDLE
         with watched.monitor(log_every=1) as monitor:
             log = watched.seconds(monitor, LOGS)
-    share = (tick + log / log_every) / step + background
-    return {"tick": 1e6 * tick, "log": 1e3 * log, "background": 100 * background, "share": 100 * share}
+    look = watched.look()
+    share = (tick + (log + look) / log_every) / step + background
+    return {
+        "tick": 1e6 * tick, "log": 1e3 * log, "look": 1e3 * look, "background": 100 * background, "share": 100 * share,
+    }  # fmt: skip
 
 
 def measured_step(recipe: Recipe, device: torch.device, steps: int) -> float:

@@ -6,6 +6,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,12 +32,13 @@ def interleaved(arms: Mapping[str, Callable[[], Figure]], rounds: int) -> dict[s
 
 
 def record(bench: str, arm: str, metric: str, unit: str, figures: list[float]) -> dict[str, Any]:
-    """One JSON object: median and quartiles of an arm's figures, with the machine, the versions and the commit."""
+    """One JSON object: median and quartiles of an arm's figures, with the command, the machine, the versions and the
+    commit."""
     quartiles = statistics.quantiles(figures, n=4, method="inclusive") if len(figures) > 1 else [figures[0]] * 3
     return {
         "bench": bench, "arm": arm, "metric": metric, "unit": unit, "median": statistics.median(figures),
-        "q25": quartiles[0], "q75": quartiles[2], "n": len(figures), "machine": machine(), "versions": versions(),
-        "commit": commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "q25": quartiles[0], "q75": quartiles[2], "n": len(figures), "command": command(), "machine": machine(),
+        "versions": versions(), "commit": commit(), "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }  # fmt: skip
 
 
@@ -64,6 +66,13 @@ def report(rows: list[dict[str, Any]], file: Path | None) -> None:
 def digits(figure: float) -> str:
     """Three digits at least, none of a fraction that does not count."""
     return f"{figure:.0f}" if abs(figure) >= 100 else f"{figure:.1f}" if abs(figure) >= 10 else f"{figure:.3g}"
+
+
+def command() -> str:
+    """How this process was started, from the checkout's folder. Of absolute paths the last part: what comes before is
+    nobody's business."""
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+    return " ".join(["python", "-m", f"bench.{Path(sys.argv[0]).stem}", *words])
 
 
 def machine() -> dict[str, Any]:
