@@ -141,12 +141,11 @@ class Published:
 
 
 class Stock:
-    """Well-tuned stock PyTorch: channels-last, autocast to the recipe's precision, fused SGD, foreach clipping and
-    averaging, one log-softmax a view, and the backbones compiled where `compiled`. The host reads nothing, except for
-    float16's loss scaling.
+    """Well-tuned stock PyTorch: channels-last, autocast to bfloat16 unless the recipe says fp32, fused SGD, foreach
+    clipping and averaging, one log-softmax a view, and the backbones compiled where `compiled`. The host reads nothing.
 
-    Its last layer is torch's linear one and multiplies in bfloat16 under that autocast, which is cheaper and coarser
-    than ours. Clipping and averaging are written out here so that they stay stock, whatever becomes of ours.
+    Its last layer is torch's linear one and multiplies in bfloat16 under that autocast, which is coarser than ours.
+    Clipping and averaging are written out here so that they stay stock, whatever becomes of ours.
     """
 
     def __init__(self, recipe: Recipe, pair: Pair, hyper: Hyper, device: torch.device, compiled: bool = False) -> None:
@@ -155,7 +154,7 @@ class Stock:
         self.center = torch.zeros(1, recipe.head.out_dim, device=device)
         self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9, fused=True)
         set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # what float16 needs
         if compiled:
             for network in (self.student, self.teacher):
                 network.backbone.compile(dynamic=False)  # a static graph a resolution
@@ -169,13 +168,12 @@ class Stock:
         loss = self.loss(student_logits, teacher_logits, views)
         self.center.lerp_(teacher_logits.mean(dim=0, keepdim=True), 1 - self.recipe.loss.center_momentum)
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        loss.backward()
         self.update()
         return loss.detach()
 
     def autocast(self) -> torch.autocast:
-        half = torch.float16 if self.recipe.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, half, enabled=self.recipe.precision != "fp32")
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision != "fp32")
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, views: int) -> Tensor:
         """All pairs' cross-entropies by one product, less those of a view with itself."""

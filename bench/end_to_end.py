@@ -1,6 +1,6 @@
 """What the loader costs the training: the step alone on pictures that lie in memory, and the same step fed from shards.
 
-    python -m bench.end_to_end SHARDS [--arm ours] [--batch 8] [--precision bf16] [--rounds 5] [--steps 10]
+    python -m bench.end_to_end SHARDS [--arm ours] [--batch 8] [--precision P] [--rounds 5] [--steps 10]
                                [--json bench/results/X.jsonl]
 
 Both arms take the same step (--arm: one of `bench/step.py`'s), in turn. "step alone" repeats one batch of the loader.

@@ -4,7 +4,7 @@
 #
 #   bash bench/gpu.sh [SHARDS]               SHARDS: a folder that make-shards wrote; without it, pictures are drawn
 #   PARTS="step kernels" bash bench/gpu.sh   these alone, of: tests data kernels step train
-#   PARTS=small bash bench/gpu.sh            once more as long: 16 images a step, with and without a graph
+#   PARTS=small bash bench/gpu.sh            once more as long: 16 images a step, with and without a graph; bf16 beside fp16
 #
 # Each part is stopped at its limit, in seconds, of which SLOWER=2 gives it twice as many. Results go to $OUT, or to
 # bench/results/. Needs python3 with torch >= 2.11, torchvision, DALI, jsonargparse, docstring-parser, typeshed-client,
@@ -69,6 +69,8 @@ fi
 if wanted small; then
     within 240 "$python" -m bench.step --batch 16 --rounds 3 --steps 20 --json "$out/step-small-gpu.jsonl" \
         --only stock-compiled ours ours-compiled ours-aside ours-graphed ours-graphed-aside 2>&1 | tail -n 40
+    within 120 "$python" -m bench.step --precision bf16 --rounds 3 --steps 10 --json "$out/step-bf16-gpu.jsonl" \
+        --only stock-compiled ours-compiled 2>&1 | tail -n 20
 fi
 if wanted train; then
     # Whether the whole main job runs, as a user would start it; its graphs are those that bench.step has compiled.

@@ -4,7 +4,8 @@
 
 - gradient error: ‖g − g₃₂‖ / ‖g₃₂‖ over all gradients of a first step, in percent; g₃₂ is float32's of the same
   networks and batch. "published fp16" is the step of `bench/baselines.py` under float16 autocast against itself in
-  float32; ours is in bf16 and fp16. Each of --draws networks and batches is one figure.
+  float32; ours is in bf16 and fp16, eager and compiled as it is on GPUs. Each of --draws networks and batches is one
+  figure.
 - loss: the mean over the last tenth of a run of --steps steps over SHARDS, in each precision from one seed, and in
   float32 from two more: what another seed changes is what a curve may differ by.
 
@@ -15,6 +16,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from bench.baselines import Published
 from bench.step import choose_device, loader_views, plain_views, steady
 from bench.timing import record, report
+from dino_fast.compiled import compile_backbones
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.head import HeadRecipe
@@ -36,14 +39,17 @@ from shards.index import ShardIndex
 
 SCALE = 1024.0  # of float16's losses
 LOWER: tuple[Precision, ...] = ("bf16", "fp16")
+COMPILING: dict[str, Literal["never", "always"]] = {"": "never", ", compiled": "always"}
 
 
 # Gradients
 
 
 def our_gradients(recipe: Recipe, device: torch.device) -> Tensor:
-    """Of the first step, in float32: [all parameters]."""
+    """Of the first step, in float32: [all parameters]. Compiled where the recipe says so."""
     step = build_step(replace(recipe, optim=OptimRecipe(clip_grad=0.0)), Ranks(0, 1, device), kernels=False)
+    if recipe.compile == "always":
+        compile_backbones(step)
     if step.loss_scale is not None:
         step.loss_scale = LossScale(device, SCALE)
     step(*loader_views(recipe, device), steady(recipe))
@@ -68,8 +74,8 @@ def flat(network: nn.Module) -> Tensor:
 
 
 def error(gradients: Callable[[Recipe, torch.device], Tensor], recipe: Recipe, device: torch.device) -> float:
-    """In percent."""
-    exact = gradients(replace(recipe, precision="fp32"), device)
+    """In percent, of what the eager step gives in float32."""
+    exact = gradients(replace(recipe, precision="fp32", compile="never"), device)
     return 100 * float((gradients(recipe, device) - exact).norm() / exact.norm())
 
 
@@ -80,8 +86,9 @@ def gradient_errors(recipe: Recipe, device: torch.device, draws: int) -> dict[st
         fp16 = replace(recipe, seed=seed, precision="fp16")
         arms.setdefault("published fp16", []).append(error(published_gradients, fp16, device))
         for precision in LOWER:
-            mine = replace(fp16, precision=precision)
-            arms.setdefault(f"ours {precision}", []).append(error(our_gradients, mine, device))
+            for arm, compiling in COMPILING.items():
+                mine = replace(fp16, precision=precision, compile=compiling)
+                arms.setdefault(f"ours {precision}{arm}", []).append(error(our_gradients, mine, device))
     return arms
 
 

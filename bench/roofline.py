@@ -1,6 +1,6 @@
 """How fast ResNet-50's step could be on this machine, by what binds each part of it: arithmetic or memory.
 
-    python -m bench.roofline [--precision bf16] [--rounds 5] [--json bench/results/X.jsonl]
+    python -m bench.roofline [--precision P] [--rounds 5] [--json bench/results/X.jsonl]
 
 Two probes: the bandwidth of a large copy within the device's memory, bytes read + written a second, and the rate of a
 large matrix product in the precision. From them three bounds, in images a second, 2×224 + 6×96 unless asked otherwise:
@@ -141,7 +141,8 @@ def as_arms(probed: list[Figures], recipe: Recipe) -> dict[str, list[Figures]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    default = "fp16" if torch.cuda.is_available() else "bf16"
+    parser.add_argument("--precision", choices=DTYPES, default=default)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

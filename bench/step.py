@@ -1,6 +1,6 @@
 """The training step alone, on random crops in the device's memory: ours beside the published one and stock PyTorch.
 
-    python -m bench.step [--batch 8] [--precision bf16] [--backbone resnet50] [--rounds 5] [--steps 1] [--only ARM ...]
+    python -m bench.step [--batch 8] [--precision P] [--backbone resnet50] [--rounds 5] [--steps 1] [--only ARM ...]
                          [--profile] [--json bench/results/X.jsonl]
 
 The arms, which take the same recipe (ResNet-50, K = 65536, 2×224 + 6×96 unless asked otherwise) and the same
@@ -305,7 +305,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Those that make the recipe, and how often it is run."""
     gpu = torch.cuda.is_available()
     parser.add_argument("--batch", type=int, default=128 if gpu else 8, help="images a step")
-    parser.add_argument("--precision", choices=DTYPES, default="bf16")
+    parser.add_argument("--precision", choices=DTYPES, default="fp16" if gpu else "bf16", help="of ours and the bounds")
     parser.add_argument("--backbone", choices=BACKBONES, default="resnet50")
     parser.add_argument("--global_size", type=int, default=224, help="pixels")
     parser.add_argument("--local_size", type=int, default=96, help="pixels")
@@ -330,7 +330,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     )
 
 
-def choose_device(precision: str = "bf16") -> torch.device:
+def choose_device(precision: str = "fp16") -> torch.device:
     """The GPU where there is one, set as train.py sets it for a precision."""
     torch.backends.cudnn.benchmark = True
     if not torch.cuda.is_available():

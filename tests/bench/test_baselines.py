@@ -158,12 +158,12 @@ def test_the_centre_is_the_ranks_mean(losses: list[Published | Stock], monkeypat
 
 
 # What rounding costs in 18 layers whose batch norms see few values, as in the test of our own step.
-@pytest.mark.parametrize(("precision", "apart"), [("bf16", 4e-2), ("fp16", 5e-3)])
-def test_stock_in_lower_precision_stays_close(precision: str, apart: float, pair: Pair):
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])  # whatever half ours runs in, stock runs in bfloat16
+def test_stock_in_lower_precision_stays_close(precision: str, pair: Pair):
     exact, rounded = (Stock(replace(RECIPE, precision=name), pair, HYPER, CPU) for name in ("fp32", precision))
     loss = rounded(*crops(0))
     assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(exact(*crops(0)).item(), rel=apart)
+    assert loss.item() == pytest.approx(exact(*crops(0)).item(), rel=4e-2)
     assert all(parameter.dtype == torch.float32 for parameter in rounded.student.parameters())
 
 

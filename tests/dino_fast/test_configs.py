@@ -48,7 +48,7 @@ RELEASED = README | {
     "loss.teacher_temp": 0.07, "loss.warmup_teacher_temp_epochs": 50,
 }  # fmt: skip
 LIGHTLY = DEFAULTS | {
-    "backbone": "resnet18", "batch_size": 256, "epochs": 800, "precision": "bf16", "crops.global_size": 128,
+    "backbone": "resnet18", "batch_size": 256, "epochs": 800, "precision": "fp16", "crops.global_size": 128,
     "crops.local_size": 64, "crops.locals": 6, "head.out_dim": 2048, "head.batch_norm": True, "optim.name": "sgd",
     "optim.lr": 0.06, "optim.min_lr": 0, "optim.warmup_epochs": 0, "optim.weight_decay": 5e-4,
     "optim.weight_decay_end": 5e-4, "optim.clip_grad": 0, "optim.ema_momentum": 0.99,
@@ -57,15 +57,15 @@ LIGHTLY = DEFAULTS | {
 
 # What each recipe follows, and all that it does otherwise.
 FOLLOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "resnet50_100ep": (README, {"precision": "bf16"}),
+    "resnet50_100ep": (README, {}),
     "resnet50_800ep": (RELEASED, {}),
-    "resnet50_300ep": (RELEASED, {"epochs": 300, "precision": "bf16"}),
-    "resnet50_no_multicrop": (README, {"precision": "bf16", "crops.locals": 0, "crops.local_scale": (0.05, 0.4)}),
-    "resnet50_1gpu": (README, {"precision": "bf16", "batch_size": 256, "optim.ema_momentum": 0.9995}),
+    "resnet50_300ep": (RELEASED, {"epochs": 300, "precision": "fp16"}),
+    "resnet50_no_multicrop": (README, {"crops.locals": 0, "crops.local_scale": (0.05, 0.4)}),
+    "resnet50_1gpu": (README, {"batch_size": 256, "optim.ema_momentum": 0.9995}),
     "coco_resnet18": (
         README,
         {
-            "precision": "bf16", "backbone": "resnet18", "head.out_dim": 4096, "epochs": 400,
+            "backbone": "resnet18", "head.out_dim": 4096, "epochs": 400,
             "optim.freeze_last_layer_epochs": 10,
         },
     ),
