@@ -1,0 +1,22 @@
+"""What the README tells its readers to run in Python."""
+
+import re
+from pathlib import Path
+
+import torch
+
+from dino_fast.evaluate.features import load_backbone
+from tests.dino_fast.conftest import ROOT
+
+
+def test_the_backbone_comes_out_of_a_checkpoint_as_the_readme_says(train_here, tmp_path: Path, monkeypatch):
+    output = tmp_path / "runs" / "own_photos"
+    assert train_here(output, "--max_steps", "2") == 0
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(snippet, names)
+    ours, _, _ = load_backbone(output, "teacher")
+    pictures = torch.randn(3, 3, 48, 48)
+    with torch.no_grad():
+        torch.testing.assert_close(names["backbone"](pictures), ours.eval()(pictures))
