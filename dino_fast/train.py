@@ -406,7 +406,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             last = checkpoint.checkpoints(output)[-1]
             with contextlib.suppress(OSError):
                 print(f"done: {last}")
-                print(f"next, with labelled shards: dino-fast knn --checkpoint {last} --train SHARDS --val SHARDS")
+                print(f"next, with labelled shards: dino-fast knn --checkpoint {output} --train SHARDS --val SHARDS")
         return 0
     except Preempted as stop:
         print(f"dino-fast train: {stop}; the same command again goes on", file=sys.stderr)

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dino_fast.config import (
@@ -110,6 +110,7 @@ def test_each_setting_says_what_it_is():
         assert len(said.split()) >= 4, f"{name}: {said!r}"
 
 
+@settings(max_examples=40)  # a parser is built for each
 @given(st.sampled_from(sorted(settings_of(Recipe))), st.floats(-1e3, 1e3))
 def test_numbers_are_taken_or_refused_but_nothing_else_happens(name: str, value: float):
     try:

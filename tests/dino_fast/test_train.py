@@ -202,6 +202,7 @@ def test_milestones_are_saved_and_kept_whatever_else_is(train_here, tmp_path: Pa
     assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / "run")] == [5, 10, 12]
 
 
+@pytest.mark.slow  # a quick one is in tests/faults/test_disks.py
 def test_a_damaged_checkpoint_is_put_aside_and_the_run_ends_the_same(train_here, tmp_path: Path, capsys):
     assert train_here(tmp_path / "whole") == 0
     assert train_here(tmp_path / "run", "--max_steps", "8") == 0
