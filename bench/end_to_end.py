@@ -1,7 +1,7 @@
 """What the loader costs the training: the step alone on pictures that lie in memory, and the same step fed from shards.
 
     python -m bench.end_to_end SHARDS [--arm ours] [--batch 8] [--precision P] [--rounds 5] [--steps 10]
-                               [--json bench/results/X.jsonl]
+                               [--published] [--json bench/results/X.jsonl]
 
 Both arms take the same step (--arm: one of `bench/step.py`'s), in turn. "step alone" repeats one batch of the loader.
 "loader + step" begins to load afresh each round, and counts after WARM_UP steps, so that no batch is made ahead of the
@@ -11,10 +11,15 @@ clock; between its rounds nothing is loaded. Figures of a round, over --steps st
 - step: ms;
 - stall: percent of the time for which the step stood waiting for batches, as the loader counts it;
 - of the step alone: percent of its images a second in the same round.
+
+With --published a third arm has nothing of ours: `bench/baselines.py`'s published step, fed by `bench/peers.py`'s
+published loader, a worker process a core, from the shards' pictures as files. It counts once what the workers had made
+ahead is gone.
 """
 
 import argparse
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
@@ -22,16 +27,17 @@ from pathlib import Path
 
 import torch
 
+from bench import peers
 from bench.roofline import finished
 from bench.step import KINDS, Figures, Step, Views, add_arguments, choose_device, described, loader_views, recipe_of
 from bench.timing import interleaved, records, report
 from dino_fast.config import Recipe
 from dino_fast.train import DTYPES
-from pipelines.loader import Batch, DataRecipe, Loader
+from pipelines.loader import Batch, DataRecipe, Loader, default_threads
 from shards.index import ShardIndex
 
 WARM_UP = 8  # steps: more than the loader's queues hold
-ALONE, FED = "step alone", "loader + step"
+ALONE, FED, PUBLISHED = "step alone", "loader + step", "published loader + step"
 UNITS = {"images": "img/s", "step": "ms", "stall": "%", "of the step alone": "%"}
 FEEDABLE = [name for name, kind in KINDS.items() if kind.views is loader_views]
 
@@ -84,6 +90,22 @@ def fed(setting: Setting) -> Figures:
         batches.close()
 
 
+def published_fed(step: Step, begin: Callable[[], Iterator[peers.Views]], cores: int, setting: Setting) -> Figures:
+    """begin: starts the published loader, whose workers hold two batches a core."""
+    batches = begin()
+    for made in islice(batches, 2 * cores):
+        step(*on_device(made, setting.device))
+    start = finished(setting.device)
+    for made in islice(batches, setting.steps):
+        step(*on_device(made, setting.device))
+    return figures(setting, finished(setting.device) - start)
+
+
+def on_device(made: peers.Views, device: torch.device) -> Views:
+    moved = [view.to(device, non_blocking=True) for view in made]
+    return torch.cat(moved[:2]), torch.cat(moved[2:])
+
+
 def figures(setting: Setting, seconds: float) -> Figures:
     return {"images": setting.batch * setting.steps / seconds, "step": 1e3 * seconds / setting.steps}
 
@@ -108,14 +130,20 @@ def main() -> None:
     add_arguments(parser)
     parser.set_defaults(steps=50 if torch.cuda.is_available() else 10)
     parser.add_argument("--arm", choices=FEEDABLE, default="ours-compiled" if torch.cuda.is_available() else "ours")
+    parser.add_argument("--published", action="store_true", help="the published loader and step, too")
     options = parser.parse_args()
     recipe, device = recipe_of(options), choose_device(options.precision)
     if lacking := KINDS[options.arm].lacks(device):
         raise SystemExit(f"--arm {options.arm}: {lacking}")
     step = KINDS[options.arm].build(recipe, device)
-    with ShardIndex(options.shards) as index:
+    with ShardIndex(options.shards) as index, tempfile.TemporaryDirectory() as files:
         setting = Setting(step, build_loader(index, recipe, device), recipe.batch_size, options.steps, device)
         arms = {ALONE: partial(alone, setting, first_batch(setting)), FED: partial(fed, setting)}
+        if options.published:
+            peers.unpack(index, Path(files))
+            cores = default_threads()
+            begin = partial(peers.published, Path(files), recipe.crops, recipe.augment, recipe.batch_size, cores)
+            arms[PUBLISHED] = partial(published_fed, KINDS["published"].build(recipe, device), begin, cores, setting)
         rounds = interleaved(arms, options.rounds)
     add_ratio(rounds)
     print(f"{options.arm} from {options.shards}: {described(recipe, device)}")

@@ -155,6 +155,7 @@ def from_workers(dataset: ImageFolder, batch: int, cores: int) -> Iterator[Views
         num_workers=cores,
         persistent_workers=True,
         prefetch_factor=2,
+        pin_memory=torch.cuda.is_available(),
     )
     for views, _ in loader:
         yield views

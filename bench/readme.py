@@ -1,10 +1,12 @@
 """Draw the table of measurements in README.md from the raw files in bench/results/.
 
-    python -m bench.readme
+    python -m bench.readme                  # into README.md
+    python -m bench.readme --print FOLDER   # of another folder, onto the terminal
 
 The table stands between two markers and holds the newest record of each bench, arm and metric.
 """
 
+import argparse
 import json
 import re
 from pathlib import Path
@@ -22,6 +24,8 @@ def newest(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
+            if "bench" not in row:  # a run's own metrics
+                continue
             found[row["bench"], path.name, row["arm"], row["metric"]] = {**row, "file": path.name}
     return list(found.values())
 
@@ -47,6 +51,12 @@ def figure(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--print", type=Path, metavar="FOLDER", help="print the table of this folder's raw files")
+    options = parser.parse_args()
+    if options.print is not None:
+        print(table(newest(options.print)), end="")
+        return
     readme = ROOT / "README.md"
     drawn = table(newest(ROOT / "bench" / "results"))
     readme.write_text(MARKERS.sub(lambda found: found[1] + drawn + found[2], readme.read_text(encoding="utf-8")))

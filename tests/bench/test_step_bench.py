@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench import end_to_end, roofline, step
 from bench.baselines import Network
-from bench.end_to_end import ALONE, FED, WARM_UP, Setting
+from bench.end_to_end import ALONE, FED, PUBLISHED, WARM_UP, Setting
 from bench.step import CLASSES, KINDS, PROBES, Arm, kernel_class
 from dino_fast.config import Recipe
 from dino_fast.flops import flops_an_image, head_flops
@@ -346,10 +346,10 @@ def test_the_command_measures_the_step(tmp_path: Path):
 def test_the_command_measures_loader_and_step(make_class_folders, tmp_path: Path):
     source = make_class_folders(classes=2, per_class=6)
     assert make_shards(["pack", str(source), str(tmp_path / "shards"), "--workers", "1"]) == 0
-    rows, printed = run("bench.end_to_end", [str(tmp_path / "shards"), *TINY], tmp_path)
+    rows, printed = run("bench.end_to_end", [str(tmp_path / "shards"), *TINY, "--published"], tmp_path)
     assert_records(rows, "end to end")
     figures = {(row["arm"], row["metric"]): row["median"] for row in rows}
-    assert figures.keys() == {(arm, metric) for arm in (ALONE, FED) for metric in ("images", "step")} | {
+    assert figures.keys() == {(arm, metric) for arm in (ALONE, FED, PUBLISHED) for metric in ("images", "step")} | {
         (FED, "stall"),
         (FED, "of the step alone"),
     }

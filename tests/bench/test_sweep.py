@@ -1,0 +1,40 @@
+"""The sweep over the loader's settings: that all combinations run, and which comes first."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import sweep
+from pipelines.loader import DataRecipe
+from shards.__main__ import main as make_shards
+
+
+def test_every_combination_is_a_recipe_with_a_name_of_what_differs():
+    found = dict(sweep.combinations({"decode": ["torch"], "threads": [1, 4], "prefetch": [2, 3]}))
+    assert found == {
+        f"threads {threads}, prefetch {prefetch}": DataRecipe(decode="torch", threads=threads, prefetch=prefetch)
+        for threads in (1, 4)
+        for prefetch in (2, 3)
+    }
+    assert dict(sweep.combinations({"threads": [0]})) == {"as it is": DataRecipe()}
+
+
+def test_the_fastest_is_the_first():
+    rounds = {"slow": [{"images": 1.0}, {"images": 2.0}], "fast": [{"images": 3.0}, {"images": 0.5}]}
+    assert list(sweep.fastest_first(rounds)) == ["fast", "slow"]
+
+
+def test_the_command_measures_them(
+    make_class_folders, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    source, shards, file = make_class_folders(classes=2, per_class=6), tmp_path / "shards", tmp_path / "out.jsonl"
+    assert make_shards(["pack", str(source), str(shards), "--workers", "1"]) == 0
+    options = ["--decode", "torch", "--threads", "1", "--prefetch", "1", "2", "--batch", "4", "--seconds", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["sweep", str(shards), *options, "--json", str(file)])
+    sweep.main()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert {row["arm"] for row in rows} == {"prefetch 1", "prefetch 2"}
+    assert all(row["median"] > 0 for row in rows)
+    assert "batches of 4 on cpu" in capsys.readouterr().out
