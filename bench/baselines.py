@@ -154,7 +154,7 @@ class Stock:
         self.center = torch.zeros(1, recipe.head.out_dim, device=device)
         self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9, fused=True)
         set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # what float16 needs
+        self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # for `move_student`
         if compiled:
             for network in (self.student, self.teacher):
                 network.backbone.compile(dynamic=False)  # a static graph a resolution

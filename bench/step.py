@@ -5,8 +5,8 @@
 
 The arms, which take the same recipe (ResNet-50, K = 65536, 2×224 + 6×96 unless asked otherwise) and the same
 pictures: `bench/baselines.py`'s "published", in float16 on a GPU and float32 on a CPU whatever --precision says, and
-"stock"; then ours, of which "aside" has the teacher on a stream of its own. What cannot run here is left out with a
-line that says why. Figures of a round, over --steps steps:
+"stock", in bfloat16 unless it says fp32; then ours, of which "aside" has the teacher on a stream of its own. What
+cannot run here is left out with a line that says why. Figures of a round, over --steps steps:
 
 - images: a second;
 - step: ms; on a GPU between two events;
@@ -45,7 +45,7 @@ from dino_fast.graphed import GraphedStep
 from dino_fast.head import HeadRecipe
 from dino_fast.schedules import Hyper, scaled_lr
 from dino_fast.step import build_student_teacher
-from dino_fast.train import DTYPES, build_step
+from dino_fast.train import DTYPES, build_step, half_precision_of_cuda
 from pipelines.crops import CropRecipe
 
 WARM_UP = 10  # steps on a GPU before anything is timed: kernels are chosen and compiled, graphs recorded
@@ -125,6 +125,12 @@ def loader_views(recipe: Recipe, device: torch.device) -> Views:
     return random_views(recipe, device, DTYPES[recipe.precision], torch.channels_last)
 
 
+def stock_views(recipe: Recipe, device: torch.device) -> Views:
+    """As a loader would make them for it: in the precision of its autocast, channels-last."""
+    half = torch.float32 if recipe.precision == "fp32" else torch.bfloat16
+    return random_views(recipe, device, half, torch.channels_last)
+
+
 def random_views(recipe: Recipe, device: torch.device, dtype: torch.dtype, layout: torch.memory_format) -> Views:
     """Globals and locals of noise, the same in every arm: no arm's time depends on what the pictures show."""
     made, crops, batch = torch.Generator().manual_seed(recipe.seed), recipe.crops, recipe.batch_size
@@ -146,8 +152,8 @@ def graphs(device: torch.device) -> str | None:
 
 KINDS = {
     "published": Kind(published, plain_views),
-    "stock": Kind(stock, loader_views),
-    "stock-compiled": Kind(partial(stock, compiled=True), loader_views, compiler),
+    "stock": Kind(stock, stock_views),
+    "stock-compiled": Kind(partial(stock, compiled=True), stock_views, compiler),
     "ours": Kind(ours, loader_views),
     "ours-compiled": Kind(partial(ours, compiled=True), loader_views, compiler),
     "ours-aside": Kind(partial(ours, compiled=True, aside=True), loader_views, streams),
@@ -336,7 +342,7 @@ def choose_device(precision: str = "fp16") -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     if precision != "fp32":
-        torch.set_float32_matmul_precision("high")
+        half_precision_of_cuda()
     return torch.device("cuda", torch.cuda.current_device())
 
 

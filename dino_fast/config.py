@@ -115,6 +115,7 @@ class Recipe:
     knn: KnnRecipe = field(default_factory=KnnRecipe)
 
 
+SEARCH = 25  # steps in a row that fp16 may skip before its loss scale, halved each time from 65536, fits the gradients
 PARTS_OF_THE_RUN = ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs", "optim.freeze_last_layer_epochs")
 
 # Settings that may differ between the sittings of one run: they change where and how it runs, not what comes out.
@@ -272,6 +273,11 @@ def contradictions(recipe: Recipe) -> Iterator[str]:
         if part.unit == whole.unit and part.number > whole.number:
             yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"
 
+    if recipe.precision == "fp16" and recipe.health.max_skipped < SEARCH:
+        yield (
+            f"health.max_skipped = {recipe.health.max_skipped}: fp16 may skip up to {SEARCH} steps in a row while it "
+            f"looks for its loss scale; give {SEARCH} or more"
+        )
     if not recipe.output:
         yield "output is empty: name a folder for checkpoints and metrics, such as runs/mine"
     if recipe.crops.locals and recipe.crops.local_size > recipe.crops.global_size:

@@ -29,7 +29,7 @@ from rich.table import Column, Table
 from dino_fast.config import Recipe, UsageError, read_recipe
 from dino_fast.distributed import Ranks, join
 from dino_fast.stages import Run, stages
-from dino_fast.train import DTYPES
+from dino_fast.train import DTYPES, slow_precision
 from dino_fast.verdict import COLD, STEP, WARM, Machine, digits, verdict
 from pipelines.loader import Loader, default_threads, open_index
 from shards.errors import UserError
@@ -121,6 +121,8 @@ def doctor(recipe: Recipe, ranks: Ranks, seconds: float, file: Path | None) -> N
             index, recipe.data, recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
             device=ranks.device, dtype=DTYPES[recipe.precision], rank=ranks.rank, world=ranks.world,
         )  # fmt: skip
+        for note in slow_precision(recipe, ranks):
+            say(console, note)
         run = Run(recipe, ranks, index, loader)
         views = " + ".join(f"{part.stop - part.start}×{size}" for size, part in recipe.crops.resolutions)
         what = f"{index.folder}: {len(index)} pictures; {views}, {recipe.backbone}, {recipe.precision}"

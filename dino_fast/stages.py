@@ -15,7 +15,7 @@ import torch
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.schedules import Schedules
-from dino_fast.train import DTYPES, build_step, compile_step
+from dino_fast.train import DTYPES, build_step, compile_step, half_precision_of_cuda
 from dino_fast.verdict import AUGMENT, COLD, DALI_CPU, DALI_GPU, LOADER, STEP, TORCH, WARM
 from pipelines.crops import windows
 from pipelines.decode_torch import TorchDecoder
@@ -171,7 +171,7 @@ def steps(run: Run) -> Work:
     recipe = run.recipe
     torch.backends.cudnn.benchmark = True  # this and what follows as in train
     if recipe.precision != "fp32" and run.ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        half_precision_of_cuda()
     step = build_step(recipe, run.ranks)
     compile_step(recipe, run.ranks, step)
     at = Schedules(recipe, run.loader.order.steps_per_epoch).at(0)

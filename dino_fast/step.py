@@ -204,8 +204,11 @@ class TrainStep:
         self.teacher.load_state_dict(state["teacher"])
         self.center.copy_(state["center"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.loss_scale is not None and state["scaler"]:  # empty from a run without loss scaling
-            self.loss_scale.load_state_dict(state["scaler"])
+        if self.loss_scale is not None:
+            if state["scaler"]:
+                self.loss_scale.load_state_dict(state["scaler"])
+            else:  # of a run without loss scaling
+                self.loss_scale.reset()
         self.update.loaded()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from datetime import timedelta
 from types import FrameType
@@ -20,19 +21,37 @@ PREEMPTED = 85  # exit status of a run that was told to stop: not an error, and 
 @contextlib.contextmanager
 def nothing_to_lose() -> Iterator[None]:
     """While a run is put together the two signals end the process at once, with the status of a run that was told to
-    stop. Whoever takes the signals meanwhile keeps them."""
+    stop. Whoever takes the signals meanwhile keeps them.
+
+    A thread does it, which is woken by a byte: Python's own handlers wait for the main thread, and that may be waiting
+    for other ranks.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
     before = {number: signal.signal(number, _leave) for number in SIGNALS}
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    threading.Thread(target=_watch, args=(reader,), name="signals", daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(woken)
         for number, handler in before.items():
             if signal.getsignal(number) is _leave:
                 signal.signal(number, handler)
+        os.close(writer)
+
+
+def _watch(reader: int) -> None:
+    """Read the numbers of signals until the other end is closed."""
+    with open(reader, "rb", buffering=0) as numbers:
+        while number := numbers.read(1):
+            if number[0] in SIGNALS and signal.getsignal(number[0]) is _leave:
+                _leave(number[0], None)
 
 
 def _leave(_: int, __: FrameType | None) -> None:
     """An exception could be caught by any library that is at work. A run that survives kill -9 survives this."""
-    os.write(2, b"dino-fast train: stopped by a signal before the first step; the same command again goes on\n")
+    os.write(2, b"dino-fast train: stopped by a signal while no step was running; the same command again goes on\n")
     os._exit(PREEMPTED)
 
 

@@ -47,7 +47,7 @@ class Preempted(UserError):
 
 
 class Start(NamedTuple):
-    """Where a run, or a sitting of it, begins."""
+    """Where a run begins, or goes on after it went back."""
 
     step: int
     rollbacks: int
@@ -57,7 +57,7 @@ class Start(NamedTuple):
 
 
 class Ending(NamedTuple):
-    """How a sitting ended."""
+    """How training from some step on ended."""
 
     done: int
     """steps of the run"""
@@ -97,7 +97,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     output = Path(recipe.output)
     torch.backends.cudnn.benchmark = True  # sizes never change
     if recipe.precision != "fp32" and ranks.device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # the head's last layer: TF32 has float16's mantissa
+        half_precision_of_cuda()
 
     # ---- Data
     index = open_index(recipe.data)
@@ -118,7 +118,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     stop = min(recipe.max_steps or schedules.total_steps, schedules.total_steps)
     names = [name for name, _ in step.bare_student.named_parameters()]
 
-    # ---- The sittings: one, unless the run has to go back to a checkpoint
+    # ---- The steps, once through, unless the run has to go back to a checkpoint
     with (
         StopSignal(ranks, recipe.timeout) as stopping,
         Monitor(
@@ -133,19 +133,20 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
         run = Run(
             recipe, ranks, loader, schedules, step, graphed, stop, knn, stopping, monitor, writer, index.fingerprint
         )
-        end = sitting(run, start)
+        end = train_from(run, start)
         while end.trouble:
             start = roll_back(run, start, end.trouble)
-            end = sitting(run, start)
+            end = train_from(run, start)
     if end.told and end.done < stop:
         raise Preempted(f"stopped by a signal after step {end.done}")
     return output
 
 
-def sitting(run: Run, start: Start) -> Ending:
+def train_from(run: Run, start: Start) -> Ending:
     """Train from `start` up to the run's last step, a signal, or trouble."""
     recipe, ranks, step, monitor = run.recipe, run.ranks, run.step, run.monitor
-    run_step = GraphedStep(step) if run.graphed else step  # a recording knows the tensors of its own sitting
+    run_step = GraphedStep(step) if run.graphed else step  # a recording knows the tensors of now
+    # New ones: what was wrong before the run went back need not be so again.
     alarms = Alarms(recipe.head.out_dim, min(PICTURES, recipe.batch_size // ranks.world))
     save_every = max(1, run.schedules.steps(recipe.checkpoint.every))
     keep_every = run.schedules.steps(recipe.checkpoint.keep_every)
@@ -173,6 +174,13 @@ def sitting(run: Run, start: Start) -> Ending:
             if run.knn is not None and (done % score_every == 0 or last):
                 score(run.knn, step, batch.step, monitor)
     return Ending(done, trouble, told)
+
+
+def half_precision_of_cuda() -> None:
+    """How a GPU multiplies where the recipe says bf16 or fp16: what stays float32 (bf16's last layer) as TF32, which
+    has float16's mantissa, and sums of float16 products in float32 throughout: over 65536 prototypes they are long."""
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def claimed(recipe: Recipe, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
@@ -222,7 +230,7 @@ def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
 def slow_precision(recipe: Recipe, ranks: Ranks) -> list[str]:
     """What to tell about the recipe's precision on this device."""
     if recipe.precision == "fp16" and ranks.device.type == "cpu":
-        return ["fp16 is emulated on CPUs, many times slower than fp32: stop, and pass --precision fp32"]
+        return ["fp16 is emulated on CPUs, many times slower than fp32: pass --precision fp32"]
     return []
 
 
@@ -256,8 +264,9 @@ def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> S
         step.load_state_dict(state["model"])
     except (RuntimeError, KeyError, ValueError) as error:
         raise UserError(f"{what}, whose state does not fit this one's: choose another --output") from error
-    # Who has changed the optimizer has mended what led to rollbacks.
-    rollbacks = 0 if any(change.startswith("optim.") for change in changes) else state.get("rollbacks", 0)
+    # Who has changed the optimizer or the precision has mended what led to rollbacks.
+    mended = any(change.startswith(("optim.", "precision:")) for change in changes)
+    rollbacks = 0 if mended else state.get("rollbacks", 0)
     rate = f", at {0.5**rollbacks:g} of the recipe's learning rate after {rollbacks} rollbacks" if rollbacks else ""
     notes = [*notes, f"resumed from step {state['step']} of {recipe.output}{rate}", *changes]
     return Start(state["step"], rollbacks, notes)
@@ -324,9 +333,11 @@ def show_crops(run: Run, batch: Batch) -> None:
 
 
 def seen(step: TrainStep, globals_: Tensor, at: Hyper) -> dict[str, float | Tensor]:
-    """What a log tells besides the step's own figures: a look at targets and features, and the step's parts."""
+    """What a log tells besides the step's own figures: a look at targets and features, the step's parts,
+    and the loss scale in fp16."""
     parts = {f"{part}_ms": milliseconds for part, milliseconds in step.clock.read().items()}
-    return {**parts, **probe(step, globals_, at.teacher_temp)._asdict()}
+    scale = {} if step.loss_scale is None else {"loss_scale": step.loss_scale.scale}
+    return {**parts, **scale, **probe(step, globals_, at.teacher_temp)._asdict()}
 
 
 def score(knn: OnlineKnn, step: TrainStep, number: int, monitor: Monitor) -> None:
@@ -400,7 +411,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The train command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call, PREEMPTED."""
     try:
         recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
-        with join(recipe.device, recipe.timeout) as ranks, nothing_to_lose(), claimed(recipe, ranks):
+        with nothing_to_lose(), join(recipe.device, recipe.timeout) as ranks, claimed(recipe, ranks):
             output = train(recipe, ranks)
         if ranks.first:
             last = checkpoint.checkpoints(output)[-1]

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from dino_fast.optim import clip_gradients, ema_update, set_hyper
 from dino_fast.schedules import Hyper
 
-FLOOR = 2.0**-24  # of the scale: from 2**-127 on its reciprocal is infinite, for good
+FLOOR, CEILING = 2.0**-24, 2.0**126  # of the scale: beyond, its reciprocal or it becomes infinite, for good
 INTERVAL = 2000  # steps in a row without an overflow after which the loss is scaled by twice as much
 
 
@@ -26,6 +26,7 @@ class LossScale:
     """
 
     def __init__(self, device: torch.device, scale: float = 65536.0) -> None:
+        self._first = scale
         self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
         self._good = torch.zeros((), dtype=torch.int32, device=device)  # steps since the last change
 
@@ -35,8 +36,13 @@ class LossScale:
         overflowed = overflowed.bool()
         good = torch.where(overflowed, 0, self._good + 1)
         grown = good == INTERVAL
-        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0))).clamp_(min=FLOOR)
+        self.scale.mul_(torch.where(overflowed, 0.5, torch.where(grown, 2.0, 1.0))).clamp_(FLOOR, CEILING)
         self._good.copy_(torch.where(grown, 0, good))
+
+    def reset(self) -> None:
+        """Begin to look for the scale anew."""
+        self.scale.fill_(self._first)
+        self._good.zero_()
 
     def state_dict(self) -> dict[str, Any]:
         return {"scale": self.scale, "_growth_tracker": self._good}

@@ -146,6 +146,7 @@ class Wandb:
         quiet = Settings(console="off")  # it would read along all that the bar draws
         try:
             self._run = init(project=project, dir=str(output), id=known, resume="allow", settings=quiet)
+            self._run.config.update(dict(settings), allow_val_change=True)
         except Error as error:
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(
@@ -153,7 +154,6 @@ class Wandb:
             ) from error
         kept.write_text(self._run.id + "\n")
         self._run.define_metric("*", step_metric="step")
-        self._run.config.update(dict(settings), allow_val_change=True)
 
     def write(self, row: Row) -> None:
         try:

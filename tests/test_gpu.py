@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +38,14 @@ LEVEL = 1 / (255 * max(STD))  # one 8-bit level in a normalised batch, at the le
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """64 JPEG pictures of 100 to 300 pixels a side."""
     folder = tmp_path_factory.mktemp("gpu")
-    (folder / "images" / "all").mkdir(parents=True)
+    (folder / "images").mkdir()
     for number in range(64):
         rng = np.random.default_rng(number)
         height, width = rng.integers(100, 300, 2)
         y, x = np.mgrid[0:height, 0:width][..., None] / 50
         waves = 128 + 90 * np.sin(rng.uniform(0.5, 4, 3) * x + rng.uniform(0.5, 4, 3) * y)
         picture = Image.fromarray((waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8))
-        picture.save(folder / "images" / "all" / f"{number:03d}.jpg", quality=92)
+        picture.save(folder / "images" / f"{number:03d}.jpg", quality=92)
     assert make_shards(["pack", str(folder / "images"), str(folder / "shards"), "--workers", "1"]) == 0
     return folder / "shards"
 
@@ -116,7 +117,8 @@ def test_batches_come_without_the_host_waiting_for_the_gpu(shards: Path, decode:
 
 
 def losses(output: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (output / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [math.nan if row["loss"] is None else row["loss"] for row in rows]  # NaN: the step was skipped
 
 
 def run(shards: Path, output: Path, *arguments: str) -> list[float]:
@@ -126,20 +128,24 @@ def run(shards: Path, output: Path, *arguments: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 0.01), ("bf16", 0.05), ("fp16", 0.05)])
-def test_training_on_the_gpu_follows_the_cpus(shards: Path, tmp_path: Path, precision: str, tolerance: float):
+def test_training_on_the_gpu_follows_the_cpus(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tolerance: float
+):
     options = ("--data.decode", "torch", "--max_steps", "4", "--epochs", "4", "--optim.lr", "1e-3")
+    if precision == "fp16":  # its first scale of 65536 is too much for these gradients, and steps would be skipped
+        monkeypatch.setattr(LossScale.__init__, "__defaults__", (256.0,))
     reference = run(shards, tmp_path / "cpu", *options, "--device", "cpu")
     ours = run(shards, tmp_path / "gpu", *options, "--device", "cuda", "--precision", precision)
     assert ours == pytest.approx(reference, rel=tolerance)
 
 
 def test_a_run_on_the_gpu_resumes(shards: Path, tmp_path: Path):
-    options = ("--device", "cuda", "--precision", "bf16", "--epochs", "8")
+    options = ("--device", "cuda", "--precision", "fp16", "--epochs", "8")
     whole = run(shards, tmp_path / "whole", *options, "--max_steps", "12")
     run(shards, tmp_path / "parts", *options, "--max_steps", "5")
     parts = run(shards, tmp_path / "parts", *options, "--max_steps", "12")
     assert len(parts) == 12
-    assert parts == pytest.approx(whole, rel=0.02)
+    assert parts == pytest.approx(whole, rel=0.02, nan_ok=True)
     assert checkpoint.load_newest(tmp_path / "parts")[0]["step"] == 12
 
 
@@ -251,8 +257,9 @@ def test_a_step_with_kernels_is_one_with_torchs_operations(precision: Precision,
     for number in range(4):
         batch, hyper = step_batch(number, precision), step_hyper(number)
         mine, theirs = ours(*batch, hyper), reference(*batch, hyper)
-        for figure, expected in zip(mine, theirs, strict=True):
+        for figure, expected in zip(mine[:-1], theirs[:-1], strict=True):  # scalars
             assert float(figure) == pytest.approx(float(expected), rel=0.02 if number else 1e-3)
+        assert (mine.grad_norms - theirs.grad_norms).norm() < 0.05 * theirs.grad_norms.norm()
     again = train_step(precision, name)
     again.load_state_dict(copy.deepcopy(ours.state_dict()))
     mine, theirs = (step(*step_batch(4, precision), step_hyper(4)) for step in (ours, again))
@@ -314,9 +321,9 @@ def test_weights_in_half_precision_are_the_casts_of_the_weights(precision: Preci
     "options", [("--graph", "never", "--compile", "always"), ("--graph", "always"), ("--compile", "always")]
 )
 def test_recorded_and_compiled_runs_from_shards_learn_the_same(shards: Path, tmp_path: Path, options: tuple[str, ...]):
-    common = ("--device", "cuda", "--precision", "bf16", "--max_steps", "10", "--epochs", "8")
+    common = ("--device", "cuda", "--precision", "fp16", "--max_steps", "10", "--epochs", "8")
     plain = run(shards, tmp_path / "plain", *common, "--compile", "never", "--graph", "never")
-    assert run(shards, tmp_path / "other", *common, *options) == pytest.approx(plain, rel=0.05)
+    assert run(shards, tmp_path / "other", *common, *options) == pytest.approx(plain, rel=0.05, nan_ok=True)
 
 
 def test_the_fused_loss_is_the_reference_at_full_width():

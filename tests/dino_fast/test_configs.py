@@ -48,7 +48,7 @@ RELEASED = README | {
     "loss.teacher_temp": 0.07, "loss.warmup_teacher_temp_epochs": 50,
 }  # fmt: skip
 LIGHTLY = DEFAULTS | {
-    "backbone": "resnet18", "batch_size": 256, "epochs": 800, "precision": "fp16", "crops.global_size": 128,
+    "backbone": "resnet18", "batch_size": 256, "epochs": 800, "precision": "fp32", "crops.global_size": 128,
     "crops.local_size": 64, "crops.locals": 6, "head.out_dim": 2048, "head.batch_norm": True, "optim.name": "sgd",
     "optim.lr": 0.06, "optim.min_lr": 0, "optim.warmup_epochs": 0, "optim.weight_decay": 5e-4,
     "optim.weight_decay_end": 5e-4, "optim.clip_grad": 0, "optim.ema_momentum": 0.99,
@@ -69,12 +69,12 @@ FOLLOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "optim.freeze_last_layer_epochs": 10,
         },
     ),
-    "imagenette_resnet18": (LIGHTLY, {"optim.freeze_last_layer_epochs": 1}),
+    "imagenette_resnet18": (LIGHTLY, {"precision": "fp16", "optim.freeze_last_layer_epochs": 1}),
     "own_photos": (
         LIGHTLY,
         {
-            "epochs": "30k steps", "optim.freeze_last_layer_epochs": "37 steps", "crops.global_size": 224,
-            "crops.local_size": 96,
+            "precision": "fp16", "epochs": "30k steps", "optim.freeze_last_layer_epochs": "37 steps",
+            "crops.global_size": 224, "crops.local_size": 96,
         },
     ),
 }  # fmt: skip

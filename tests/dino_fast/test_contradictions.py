@@ -23,6 +23,10 @@ from dino_fast.config import UsageError, read_recipe
         ),
         (["--optim.min_lr=0.07"], "optim.min_lr = 0.07 is above the peak learning rate of 0.06"),
         (["--optim.min_lr=0.001", "--batch_size=8"], "above the peak learning rate of 0.0009375"),
+        (
+            ["--precision=fp16", "--health.max_skipped=3"],
+            "health.max_skipped = 3: fp16 may skip up to 25 steps",
+        ),
         (["--optim.ema_momentum=1"], "optim.ema_momentum = 1.0: the teacher would stay as it began"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -49,6 +53,7 @@ def test_contradictions_are_refused_in_one_line(arguments: list[str], words: str
         ["--optim.min_lr=0.06"],
         ["--optim.lr=0"],
         ["--optim.ema_momentum=0.9999"],
+        ["--precision=bf16", "--health.max_skipped=1"],
     ],
     ids=" ".join,
 )

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from dino_fast.loss import LossRecipe
 from dino_fast.optim import OptimRecipe, build_optimizer
 from dino_fast.schedules import Hyper
 from dino_fast.step import Precision, TrainStep, build_student_teacher
+from tests.dino_fast.test_train import rows_of
 
 K = 64
 BATCH = 8
@@ -395,3 +397,14 @@ def test_a_run_that_learns_gives_no_alarm() -> None:
     kinds, last = _train(_step(batch_norm=True), hyper, 30)
     assert kinds == []
     assert last.feature_std > 0.1
+
+
+def test_a_run_says_its_alarms(train_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """A teacher whose targets are nearly even, from the first log on."""
+    monkeypatch.setattr(Alarms.__init__, "__kwdefaults__", {"beginning_epochs": 0, "beginning_steps": 0})
+    warm = ("--loss.student_temp", "100", "--loss.teacher_temp", "99", "--loss.warmup_teacher_temp", "99")
+    assert train_here(tmp_path / "run", *warm, "--max_steps", str(PATIENCE + 2)) == 0
+    said = capsys.readouterr().out
+    assert said.count("uniform collapse at step") == 1
+    assert f"uniform collapse at step {PATIENCE - 1}: " in said
+    assert set(Probe._fields) <= rows_of(tmp_path / "run")[0].keys()

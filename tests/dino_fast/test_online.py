@@ -29,10 +29,12 @@ from torchvision import transforms
 from dino_fast.distributed import Ranks
 from dino_fast.evaluate.knn import knn_score
 from dino_fast.evaluate.online import KnnRecipe, OnlineKnn, draw, even_counts, own_share
+from dino_fast.stopping import PREEMPTED, StopSignal
 from pipelines.photometric import MEAN, STD
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
+from tests.dino_fast.test_train import rows_of
 
 CPU = torch.device("cpu")
 ALONE = Ranks(0, 1, CPU)
@@ -328,3 +330,14 @@ def test_two_ranks_have_the_score_of_one_and_fail_together(shards: tuple[Path, P
 
 if __name__ == "__main__":
     _rank(int(sys.argv[1]), *map(Path, sys.argv[2:]))
+
+
+def test_a_signal_in_the_last_step_is_the_end_all_the_same(train_here, shards, tmp_path: Path, monkeypatch):
+    """With its score, and the status of a run that is over."""
+    train, val = shards
+    monkeypatch.setattr(StopSignal, "agreed", lambda self: True)
+    options = ("--knn.train", str(train), "--knn.val", str(val), "--max_steps", "1")
+    assert train_here(tmp_path / "run", *options) == 0
+    assert "knn_top1" in rows_of(tmp_path / "run")[-1]
+    assert train_here(tmp_path / "other", *options[:-1], "2") == PREEMPTED
+    assert not any("knn_top1" in row for row in rows_of(tmp_path / "other"))

@@ -123,3 +123,16 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train_here, tmp_pat
     break_gradients(monkeypatch, 0, 100)
     assert train_here(tmp_path / "run", "--health.max_skipped", "1") == 1
     assert "there was no checkpoint yet to go back to" in capsys.readouterr().err
+
+
+def test_fp16_goes_back_with_the_loss_scale_of_the_checkpoint(train_here, tmp_path: Path, monkeypatch):
+    poison(monkeypatch, {10})
+    options = ("--precision", "fp16", "--max_steps", "12", "--checkpoint.every", "9 steps")
+    assert train_here(tmp_path / "run", *options) == 0
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(12))
+    assert state_of(tmp_path / "run")["rollbacks"] == 1
+    assert all(row["loss_scale"] == row["loss_scale"] for row in rows)
+    assert not any(row["skipped"] for row in rows[9:])
+    assert rows[9]["loss_scale"] == rows[8]["loss_scale"]  # it was halved after the bad step, and that is forgotten
+    assert state_of(tmp_path / "run")["model"]["scaler"]["scale"] == rows[11]["loss_scale"]

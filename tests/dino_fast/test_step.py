@@ -201,9 +201,9 @@ def test_lower_precision_stays_close_to_float32(precision: Precision, loss: floa
         assert out.grad_norm.item() == pytest.approx(expected.grad_norm.item(), rel=0.1)
 
 
-def _scaled_to_fit(precision: Precision) -> TrainStep:
+def _scaled_to_fit(precision: Precision, **options: Any) -> TrainStep:
     """A step whose first loss scale fits these gradients, hundreds in norm; the scaler's own is 65536."""
-    step = _step(precision)
+    step = _step(precision, **options)
     if precision == "fp16":
         step.loss_scale = LossScale(torch.device("cpu"), 1024.0)
     return step
@@ -250,19 +250,37 @@ def test_a_loss_scale_is_a_grad_scalers_and_reads_its_state() -> None:
         assert state["_growth_tracker"] == theirs.state_dict()["_growth_tracker"]
 
 
+def test_the_loss_scale_stays_a_number() -> None:
+    scale = LossScale(torch.device("cpu"), 2.0**125)
+    for overflowed, expected in ((False, 2.0**126), (False, 2.0**126), (True, 2.0**125)):
+        scale._good.fill_(INTERVAL - 1)
+        scale.update(torch.tensor(overflowed))
+        assert scale.state_dict()["scale"] == expected
+
+
+def test_a_state_without_a_loss_scale_begins_a_new_one() -> None:
+    """As after a change of precision, to whose last checkpoint a run goes back because the scale has collapsed."""
+    step = _step("fp16")
+    for _ in range(30):
+        step.loss_scale.update(torch.tensor(True))
+    step.load_state_dict(_step("bf16").state_dict())
+    state = step.state_dict()["scaler"]
+    assert (state["scale"], state["_growth_tracker"]) == (65536, 0)
+
+
 @pytest.mark.parametrize(("precision", "name"), [("fp32", "adamw"), ("fp16", "sgd"), ("bf16", "lars")])
 def test_a_restored_step_goes_on_bit_for_bit(precision: Precision, name: str, tmp_path: Path) -> None:
-    step = _step(precision, name=name)
+    step = _scaled_to_fit(precision, name=name)
     step(*_flat(_crops(0)), HYPER)
     torch.save(step.state_dict(), tmp_path / "state.pt")
     restored = _step(precision, name=name)
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for s in (step, restored):
-        s(*_flat(_crops(1)), HYPER)
+        assert s(*_flat(_crops(1)), HYPER).skipped == 0
     torch.testing.assert_close(restored.state_dict(), step.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_channels_last_is_held_at_every_stage(precision: Precision) -> None:
     step = _step(precision)
     seen: list[tuple[str, bool]] = []

@@ -52,6 +52,12 @@ class Process:
                 with_rank += [(int(word[5:]), pid) for word in words if word.startswith(b"RANK=")]
         return [pid for _, pid in sorted(with_rank)]
 
+    def catches(self, number: Signals) -> bool:
+        """Whether it has a handler for a signal yet."""
+        [mask] = [line.split()[1] for line in Path(f"/proc/{self.pid}/status").read_text().splitlines()
+                  if line.startswith("SigCgt")]  # fmt: skip
+        return bool(int(mask, 16) >> (number - 1) & 1)
+
     def tell(self, number: Signals) -> None:
         """Send it a signal; nothing happens where it has ended."""
         self._process.send_signal(number)
@@ -110,11 +116,14 @@ def start(labelled_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Proce
 def start_ranks(start: Callable[..., Process]) -> Callable[..., list[Process]]:
     """A function that starts two ranks without torchrun, so that nobody else reacts to what happens to one."""
 
-    def start_ranks(*arguments: str, output: str = "run") -> list[Process]:
+    def start_ranks(*arguments: str, output: str = "run", before: Sequence[str] = TRAIN) -> list[Process]:
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
         meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        return [start(*arguments, output=output, RANK=str(rank), LOCAL_RANK=str(rank), **meeting) for rank in range(2)]
+        return [
+            start(*arguments, output=output, before=before, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+            for rank in range(2)
+        ]
 
     return start_ranks
 

@@ -9,6 +9,7 @@ from signal import SIGCONT, SIGKILL, SIGSTOP
 
 import pytest
 
+from dino_fast import checkpoint
 from tests.faults.runs import (
     assert_as_if_nothing_had_happened,
     assert_nothing_lost,
@@ -100,3 +101,41 @@ def test_torchrun_leaves_no_process_behind_after_a_hung_rank(torchrun, tmp_path:
     assert run.wait(120) == 1
     assert run.err.count("dino-fast train: ") == run.err.count("was silent for --timeout seconds") == 1
     assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+RANKS_WITH_A_BAD_BATCH = """
+import os
+import sys
+
+import torch
+
+from dino_fast.train import leave, main
+from pipelines.loader import Loader
+
+whole, came = Loader.batches, []
+
+
+def batches(loader, start, stop):
+    for batch in whole(loader, start, stop):
+        if os.environ["RANK"] == "1" and batch.step == 4 and not came:
+            came.append(batch.step)
+            batch.globals[0, 0, 0, 0] = torch.nan
+        yield batch
+
+
+Loader.batches = batches
+leave(main(sys.argv[1:]))
+"""
+
+
+def test_a_bad_batch_of_one_rank_is_skipped_by_all_and_gone_back_from_together(start_ranks, tmp_path: Path):
+    (tmp_path / "bad.py").write_text(RANKS_WITH_A_BAD_BATCH)
+    ranks = start_ranks("--max_steps", "8", before=[str(tmp_path / "bad.py")])
+    for rank in ranks:
+        assert rank.wait() == 0, rank.err
+    assert "after step 5 are not finite: back to step 3" in ranks[0].out
+    rows, (state, _) = rows_of(tmp_path / "run"), checkpoint.load_newest(tmp_path / "run")
+    assert [row["step"] for row in rows] == list(range(8))
+    assert not any(row["skipped"] for row in rows)
+    assert {row["skipped_total"] for row in rows[3:]} == {1}
+    assert (state["step"], state["rollbacks"]) == (8, 1)

@@ -24,6 +24,9 @@ ENDLESS = ("--epochs", "10000", "--checkpoint.every", "100000 steps", "--max_ste
 LINE = r"dino-fast train: stopped by a signal after step (\d+); the same command again goes on"
 
 
+AT_ONCE = "dino-fast train: stopped by a signal while no step was running; the same command again goes on\n"
+
+
 def assert_stopped(run: Process, output: Path, at_most: int) -> None:
     """The process has ended as one that was told to: at_most: steps that it may have done."""
     assert run.wait() == PREEMPTED, run.err
@@ -68,10 +71,20 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(start, train_here, 
     assert run.wait_until(output.is_dir)
     run.tell(SIGTERM)
     assert run.wait() == PREEMPTED
-    assert run.err == "dino-fast train: stopped by a signal before the first step; the same command again goes on\n"
+    assert run.err == AT_ONCE
     assert not rows_of(output)
     assert train_here(output, "--max_steps", "2") == 0
     assert len(rows_of(output)) == 2
+
+
+def test_a_rank_that_waits_for_another_ends_at_once(start):
+    """In the rendezvous, where Python's own handlers would not run."""
+    waiting = start("--max_steps", "2", RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    assert waiting.wait_until(lambda: waiting.catches(SIGTERM))
+    time.sleep(1)
+    waiting.tell(SIGTERM)
+    assert waiting.wait(10) == PREEMPTED
+    assert waiting.err == AT_ONCE
 
 
 @pytest.mark.slow
