@@ -72,12 +72,14 @@ def rooflines(bandwidth: float, rate: float, recipe: Recipe) -> Figures:
     arithmetic = head_flops(recipe) / rate
     for count, layer in step_convolutions(recipe):
         arithmetic += count * max(0.0, layer.flops / rate - width * layer.elements / bandwidth)
+    return {name: 1 / (bytes_ / bandwidth + arithmetic) for name, bytes_ in moved(recipe).items()}
+
+
+def moved(recipe: Recipe) -> Figures:
+    """Bytes of activations and their gradients that a step moves for each image, by the names of TRAFFIC."""
     student, teacher = pictures(recipe.crops)
-    found = {}
-    for name, traffic in TRAFFIC.items():
-        moved = (student * traffic.both + teacher * traffic.forward) * width / 2
-        found[name] = 1 / (moved / bandwidth + arithmetic)
-    return found
+    width = DTYPES[recipe.precision].itemsize
+    return {name: (student * traffic.both + teacher * traffic.forward) * width / 2 for name, traffic in TRAFFIC.items()}
 
 
 def pictures(crops: CropRecipe) -> tuple[float, float]:

@@ -13,7 +13,9 @@ cannot run here is left out with a line that says why. Figures of a round, over 
 - host: ms until the call of one step returns, the GPU being idle before it (GPU only);
 - compute: TFLOP/s of convolutions and matrix products, counted from the layers (`dino_fast/flops.py`);
 - memory: MB of the GPU's memory that the arm holds at its peak, its pictures included (GPU only);
-- ... roofline: percent of the bounds of `bench/roofline.py`, whose probes run in the same round (ResNet-50 only).
+- ... roofline: percent of the bounds of `bench/roofline.py`, whose probes run in the same round (ResNet-50 only);
+- traffic: GB/s that a step with all pointwise work fused would move at this speed; eager ones move a third more;
+- GEMM share, copy share: compute and traffic, in percent of what the probes reach in the same round.
 
 And from one more step under torch's profiler: launches, the kernels of a step (GPU only); with --profile, ms in each
 class of kernels, on a CPU of operators without those that they call. Classes go by names: a compiled kernel that does
@@ -53,6 +55,7 @@ PROBES = "probes"
 CLASSES = ("conv", "batch norm", "pointwise", "matmul", "loss", "update", "copy", "other")
 UNITS = (
     {"images": "img/s", "step": "ms", "host": "ms", "compute": "TFLOP/s", "memory": "MB", "launches": "kernels"}
+    | {"traffic": "GB/s", "GEMM share": "%", "copy share": "%"}
     | {f"{name} roofline": "%" for name in roofline.TRAFFIC}
     | {f"in {kind}": "ms" for kind in CLASSES}
     | {"bandwidth": "GB/s"}
@@ -232,11 +235,15 @@ def host_time(arm: Arm) -> float:
 
 
 def add_shares(rounds: dict[str, list[Figures]], recipe: Recipe) -> None:
-    """Each arm's round against the rooflines by the probes of the same round."""
+    """Each arm's round against the probes of the same round, and the rooflines by these."""
+    fused = roofline.moved(recipe)["pointwise-fused"]
     for number, probed in enumerate(rounds[PROBES]):
         bounds = roofline.lines(probed, recipe)
         for figures in (found[number] for name, found in rounds.items() if name != PROBES):
             figures |= {f"{name} roofline": 100 * figures["images"] / bound for name, bound in bounds.items()}
+            figures["GEMM share"] = 100 * figures["compute"] / probed["compute"]
+            figures["traffic"] = figures["images"] * fused / 1e9
+            figures["copy share"] = 100 * figures["traffic"] / probed["bandwidth"]
 
 
 # Kernels and their classes

@@ -116,13 +116,18 @@ def test_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch):
 
 def test_shares_are_of_the_same_rounds_probes():
     probed = [{"bandwidth": 4300.0, "compute": 790.0}, {"bandwidth": 2150.0, "compute": 395.0}]
-    rounds = {"ours": [{"images": 1000.0}, {"images": 1000.0}], PROBES: probed}
+    rounds = {"ours": [{"images": 1000.0, "compute": 79.0}, {"images": 1000.0, "compute": 79.0}], PROBES: probed}
     step.add_shares(rounds, RECIPE)
     for name in roofline.TRAFFIC:
         first, second = (figures[f"{name} roofline"] for figures in rounds["ours"])
         assert second == pytest.approx(2 * first)
         [line, _] = roofline.as_arms(probed, RECIPE)[f"{name} roofline"]
         assert first == pytest.approx(100 * 1000 / line["images"])
+    assert [figures["GEMM share"] for figures in rounds["ours"]] == pytest.approx([10, 20])
+    # By hand: 2 globals and 6 locals of (96 / 224)² through the student, 2 globals forward through the teacher.
+    by_hand = 1000 * ((2 + 6 * (96 / 224) ** 2) * 364e6 + 2 * 117e6) / 1e9
+    assert [figures["traffic"] for figures in rounds["ours"]] == pytest.approx([by_hand, by_hand])
+    assert [figures["copy share"] for figures in rounds["ours"]] == pytest.approx([by_hand / 43, by_hand / 21.5])
     assert probed[0].keys() == {"bandwidth", "compute"}
 
 
