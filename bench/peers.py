@@ -351,6 +351,6 @@ def left_out() -> list[str]:
     """A line for each peer whose package is not installed."""
     packages = {
         "spdl.pipeline": "SPDL threads: pip install spdl_core",
-        "nvidia.dali": "DALI: pip install 'dino-fast[dali]'",
+        "nvidia.dali": "DALI: pip install -e '.[dali]'",
     }
     return [f"left out, {line}" for module, line in packages.items() if not installed(module)]

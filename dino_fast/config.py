@@ -191,6 +191,9 @@ def explain(message: str, settings: dict[str, Any]) -> str:
         return f"unknown setting {name}: {hint}"
     if message.startswith("Problems parsing config"):
         return f"the file given with --config is not valid YAML: {' '.join(message.split()[3:])}"
+    missing = re.search(r'Parser key "config":.*File does not exist: \'?([^\']*)', message, re.DOTALL)
+    if missing:
+        return f"--config {missing[1].strip()}: no such file"
     # Where pydantic is installed, jsonargparse lets it check ranges, and speaks in its words.
     wrong = re.search(r'Parser key "([\w.]+)":\s+(?:Expected|\d+ validation).*Got value: (.*)', message, re.DOTALL)
     if wrong and wrong[1] in settings:

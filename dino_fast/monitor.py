@@ -24,7 +24,11 @@ last one:
   copied or the one before it waited for, or a score taken; `time`: when it was logged, Unix seconds;
 - and what `tick` was given besides, as the mean over ranks.
 
-What `record` is given comes as a row of its own, with `step` and `time`.
+A run gives it `forward_ms`, `backward_ms`, `update_ms`: of a step, on the device; in fp16 `loss_scale`; and, of at most
+128 pictures (`health.py` says more), `target_kl`, `target_entropy`, in nats, `feature_rank`, from 1 to their number,
+`feature_std`, from 0 to about 1, and `center_norm`, a length.
+
+What `record` is given comes as a row of its own, with `step` and `time`: `knn_top1`, in percent, and `knn_s`, seconds.
 """
 
 import contextlib
@@ -180,7 +184,6 @@ class Monitor:
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
         """Write figures that are taken now and then, such as a score after `step`, as a row of their own."""
-        self.say(f"after step {step + 1}: " + ", ".join(f"{name} {value:.2f}" for name, value in figures.items()))
         self._write({"step": step, **figures, "time": time.time()})
 
     def _report(self, line: str) -> None:

@@ -273,23 +273,23 @@ def _doing(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     views = " + ".join(f"{part.stop - part.start}×{size}" for size, part in recipe.crops.resolutions)
     yield "data", f"{data['images']:,} images ({data['source']}), of which an epoch sees {data['images_an_epoch']:,}"
     yield "run", f"{run['steps']:,} steps of {recipe.batch_size:,} images: {run['images']:,} in all"
-    yield "run", f"{_epochs(run['epochs'])} of {run['steps_per_epoch']:,} steps"
+    yield "run", f"{_epochs(run['epochs'])} of {_count(run['steps_per_epoch'], 'step')}"
     if run["steps"] < run["schedule_steps"]:
         yield "run", f"max_steps ends it there: the schedules are for {run['schedule_steps']:,} steps"
-    ranks = "one rank" if run["ranks"] == 1 else f"{run['ranks']:,} ranks"
+    each = "one rank, {} images" if run["ranks"] == 1 else f"{run['ranks']:,} ranks, {{}} images each"
     parts = f" in {recipe.accumulate} parts of {run['images_a_part']:,}" if recipe.accumulate > 1 else ""
     share = run["images_a_part"] * recipe.accumulate
-    yield "a step", f"{ranks}, {share:,} images each{parts}, as {views} pixels, in {recipe.precision}"
+    yield "a step", f"{each.format(f'{share:,}')}{parts}, as {views} pixels, in {recipe.precision}"
     for phase in plan["phases"]:
         epochs = _epochs(phase["steps"] / run["steps_per_epoch"])
-        yield "phases", f"{phase['phase']}: the first {phase['steps']:,} steps ({epochs})"
+        yield "phases", f"{phase['phase']}: the first {_count(phase['steps'], 'step')} ({epochs})"
 
 
 def _costing(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     data, run, saved, used, time = (plan[name] for name in ("data", "run", "checkpoints", "memory", "time"))
     sizes = ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in plan["parameters"].items())
     yield "parameters", f"{recipe.backbone}: {sizes}; the teacher has as many again"
-    yield "checkpoints", f"{amount(saved['bytes'])} each, every {saved['every_steps']:,} steps"
+    yield "checkpoints", f"{amount(saved['bytes'])} each, every {_count(saved['every_steps'], 'step')} and at the end"
     yield (
         "checkpoints",
         (
@@ -310,7 +310,11 @@ def _costing(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
 
 
 def _epochs(number: float) -> str:
-    return f"{number:.4g} epoch{'s' if number != 1 else ''}"
+    return _count(round(number), "epoch") if number >= 1000 else f"{number:.4g} epoch{'s' if number != 1 else ''}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' if number != 1 else ''}"
 
 
 def plots(schedules: Schedules, width: int) -> Iterator[str]:

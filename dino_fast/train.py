@@ -128,6 +128,8 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
         ) as monitor,
         written(recipe, ranks, schedules.steps(recipe.checkpoint.keep_every), monitor) as writer,
     ):  # fmt: skip
+        if not start.step:
+            monitor.say(outline(recipe, ranks, len(index), schedules, stop))
         for note in [*start.notes, *slow_precision(recipe, ranks), *compiling, *loader.notes]:
             monitor.say(note)
         run = Run(
@@ -183,11 +185,22 @@ def half_precision_of_cuda() -> None:
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
-def claimed(recipe: Recipe, ranks: Ranks) -> contextlib.AbstractContextManager[None]:
-    """Hold the output folder against another run; the first rank does it for all."""
+@contextlib.contextmanager
+def claimed(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
+    """Hold the output folder against another run; the first rank does it for all. A new one in which nothing was
+    written is removed again."""
     if not ranks.first:
-        return contextlib.nullcontext()
-    return locked(Path(recipe.output), "another run is writing into it; wait, or choose another --output")
+        yield
+        return
+    output = Path(recipe.output)
+    new = not output.exists()
+    try:
+        with locked(output, "another run is writing into it; wait, or choose another --output"):
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):
+                output.rmdir()
 
 
 def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None, teacher_aside: bool = False) -> TrainStep:
@@ -225,6 +238,15 @@ def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
     return [
         "the backbones are compiled when they first see a resolution, which takes minutes (--compile never: without)"
     ]
+
+
+def outline(recipe: Recipe, ranks: Ranks, pictures: int, schedules: Schedules, stop: int) -> str:
+    """What begins, in a line."""
+    where = f"{ranks.world} ranks on {ranks.device.type}" if ranks.world > 1 else str(ranks.device)
+    return (
+        f"{recipe.backbone} on {pictures:,} pictures of {recipe.data.train}, {stop:,} steps of {recipe.batch_size:,}, "
+        f"{schedules.steps_per_epoch:,} an epoch, in {recipe.precision} on {where}, into {recipe.output}"
+    )
 
 
 def slow_precision(recipe: Recipe, ranks: Ranks) -> list[str]:
@@ -347,7 +369,11 @@ def score(knn: OnlineKnn, step: TrainStep, number: int, monitor: Monitor) -> Non
     try:
         with monitor.paused():
             top1 = knn.score(step.teacher.backbone)
-        monitor.record(number, {"knn_top1": top1, "knn_s": time.monotonic() - begin})
+        seconds = time.monotonic() - begin
+        monitor.record(number, {"knn_top1": top1, "knn_s": seconds})
+        monitor.say(
+            f"after step {number + 1}: k-NN top-1 {top1:.2f} % of {knn.classified:,} pictures, in {seconds:.1f} s"
+        )
     except UserError as error:
         monitor.say(f"no k-NN score after step {number + 1}: {error}")
 
@@ -409,6 +435,7 @@ def _listed(value: Any) -> Any:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The train command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call, PREEMPTED."""
+    recipe: Recipe | None = None
     try:
         recipe = read_recipe(sys.argv[1:] if arguments is None else arguments)
         with nothing_to_lose(), join(recipe.device, recipe.timeout) as ranks, claimed(recipe, ranks):
@@ -443,7 +470,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     except KeyboardInterrupt:
-        print("dino-fast train: stopped; the same command again goes on from the last checkpoint", file=sys.stderr)
+        saved = checkpoint.checkpoints(Path(recipe.output)) if recipe else []
+        where = f"goes on from step {checkpoint.step_of(saved[-1])}" if saved else "begins anew: there is no checkpoint"
+        print(f"dino-fast train: stopped; the same command again {where}", file=sys.stderr)
         return 130
 
 

@@ -139,7 +139,7 @@ class Wandb:
             from wandb import Error, Settings, init
         except ImportError as error:
             raise UserError(
-                f"--wandb {project}: the package is not installed: pip install 'dino-fast[wandb]', or leave --wandb out"
+                f"--wandb {project}: the package is not installed: pip install -e '.[wandb]', or leave --wandb out"
             ) from error
         kept = output / "wandb-id.txt"
         known = kept.read_text().strip() if kept.exists() else None

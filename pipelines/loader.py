@@ -282,7 +282,7 @@ class Loader:
             from pipelines.decode_dali import DaliDecoder, hardware_of
         except ImportError as error:
             raise UserError(
-                f"DALI does not import ({error}): pip install 'dino-fast[dali]', or pass --data.decode torch"
+                f"DALI does not import ({error}): pip install -e '.[dali]', or pass --data.decode torch"
             ) from error
         if not self._on_gpu:
             return DaliDecoder(self._crops, self._share, torch.device("cpu"), self._threads, self._data.prefetch)

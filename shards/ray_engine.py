@@ -57,7 +57,7 @@ def _imported() -> ModuleType:
     try:
         import ray
     except ImportError as error:
-        raise UserError('Ray is not installed; pip install "dino-fast[ray]", or use --engine local') from error
+        raise UserError('Ray is not installed; pip install -e ".[ray]", or use --engine local') from error
     return ray
 
 

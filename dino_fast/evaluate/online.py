@@ -92,6 +92,11 @@ class OnlineKnn:
         ids = draw(index.labels, total)
         return _Drawn(index, ids, torch.from_numpy(places[index.labels[ids]]).to(self._ranks.device))
 
+    @property
+    def classified(self) -> int:
+        """How many pictures a score is of."""
+        return len(self._val.ids)
+
     def score(self, backbone: nn.Module) -> float:
         """Top-1 in percent, the same on all ranks, of a backbone [N, 3, H, W] → [N, D] on this rank's device; NaN where
         its features are not finite.

@@ -34,6 +34,7 @@ from pipelines.photometric import MEAN, STD
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
+from tests.dino_fast.test_monitor import explained
 from tests.dino_fast.test_train import rows_of
 
 CPU = torch.device("cpu")
@@ -332,12 +333,15 @@ if __name__ == "__main__":
     _rank(int(sys.argv[1]), *map(Path, sys.argv[2:]))
 
 
-def test_a_signal_in_the_last_step_is_the_end_all_the_same(train_here, shards, tmp_path: Path, monkeypatch):
+def test_a_signal_in_the_last_step_is_the_end_all_the_same(train_here, shards, tmp_path: Path, monkeypatch, capsys):
     """With its score, and the status of a run that is over."""
     train, val = shards
     monkeypatch.setattr(StopSignal, "agreed", lambda self: True)
     options = ("--knn.train", str(train), "--knn.val", str(val), "--max_steps", "1")
     assert train_here(tmp_path / "run", *options) == 0
-    assert "knn_top1" in rows_of(tmp_path / "run")[-1]
+    assert rows_of(tmp_path / "run")[-1].keys() == {"step", "time", "knn_top1", "knn_s"}
+    for row in rows_of(tmp_path / "run"):
+        assert row.keys() <= explained()
+    assert " % of 19 pictures, in " in capsys.readouterr().out
     assert train_here(tmp_path / "other", *options[:-1], "2") == PREEMPTED
     assert not any("knn_top1" in row for row in rows_of(tmp_path / "other"))

@@ -288,4 +288,4 @@ def test_without_ray_it_says_what_to_install(tree_once: Path, tmp_path: Path) ->
     call = [sys.executable, "-c", code, "pack", str(tree_once), str(tmp_path / "ray"), *RAY]
     run = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
-    assert run.stderr == 'make-shards: Ray is not installed; pip install "dino-fast[ray]", or use --engine local\n'
+    assert run.stderr == 'make-shards: Ray is not installed; pip install -e ".[ray]", or use --engine local\n'
