@@ -220,5 +220,5 @@ def test_an_address_where_nobody_answers_is_said_at_once(tmp_path: Path) -> None
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(UserError, match=r'pip install "dino-fast\[ray\]"'):
+    with pytest.raises(UserError, match=r'pip install -e "\.\[ray\]"'):
         ray_engine.run_tasks(place, int, 2, 2, lambda pictures: None)
