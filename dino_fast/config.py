@@ -127,13 +127,14 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
-def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train") -> Recipe:
-    """The recipe of a command line such as `--config FILE --crops.locals 6`. UsageError names what is wrong."""
+def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train", also: Sequence[str] = ()) -> Recipe:
+    """The recipe of a command line such as `--config FILE --crops.locals 6`. UsageError names what is wrong; `also` are
+    the names of flags that the command has besides, which may be meant."""
     parser = build_parser(prog)
     try:
         settings = vars(parser.instantiate(parser.parse_args(spelled_out(arguments))))
     except (ArgumentError, ImportError) as error:
-        raise UsageError(explain(str(error), settings_of(Recipe))) from error
+        raise UsageError(explain(str(error), settings_of(Recipe), also)) from error
     recipe = Recipe(**{name: value for name, value in settings.items() if name != "config"})
     check(recipe)
     return recipe
@@ -177,7 +178,7 @@ def settings_of(section: type, prefix: str = "") -> dict[str, Any]:
     return settings
 
 
-def explain(message: str, settings: dict[str, Any]) -> str:
+def explain(message: str, settings: dict[str, Any], also: Sequence[str] = ()) -> str:
     """jsonargparse's message as one line, with the nearest name or the allowed values."""
     unknown = (
         re.search(r"unrecognized arguments: --([\w.]+)", message)
@@ -186,8 +187,11 @@ def explain(message: str, settings: dict[str, Any]) -> str:
     )
     if unknown:
         name = ".".join(unknown.groups())
-        near = difflib.get_close_matches(name, settings, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "`--help` lists them all"
+        # By their last parts, too: --lr is optim.lr to many.
+        meant = {full.rpartition(".")[2]: full for full in reversed(settings)} | {full: full for full in settings}
+        meant |= {flag: flag for flag in also}
+        near = difflib.get_close_matches(name, meant, n=1, cutoff=0.4)
+        hint = f"did you mean {meant[near[0]]}?" if near else "`--help` lists them all"
         return f"unknown setting {name}: {hint}"
     if message.startswith("Problems parsing config"):
         return f"the file given with --config is not valid YAML: {' '.join(message.split()[3:])}"

@@ -166,7 +166,8 @@ def arguments_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
         raise UsageError(f"--seconds {own.seconds}: expected a number above 0")
     if own.json and not own.json.parent.is_dir():
         raise UsageError(f"--json {own.json}: no such folder; make it first")
-    return own, read_recipe([*rest, *(["--data.train", own.data] if own.data else [])], "dino-fast doctor")
+    data = ["--data.train", own.data] if own.data else []
+    return own, read_recipe([*rest, *data], "dino-fast doctor", also=("data", "seconds", "json"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

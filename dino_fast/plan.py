@@ -384,7 +384,7 @@ def arguments_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
             raise UsageError(f"{flag} {value}: expected a number above 0")
     if own.json and not own.json.parent.is_dir():
         raise UsageError(f"--json {own.json}: no such folder; make it first")
-    return own, read_recipe(rest, "dino-fast plan")
+    return own, read_recipe(rest, "dino-fast plan", also=("images", "world", "images-per-s", "json"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -78,7 +78,8 @@ def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path
         ),
         ("--epochs=0", "a run of no length"),
         ("--optim.warmup_epochs=200", "optim.warmup_epochs = 200 is more than epochs = 100"),
-        ("--config=nowhere.yaml", "nowhere.yaml"),
+        ("--config=nowhere.yaml", "nowhere.yaml: no such file"),
+        ("--lrr=3", "did you mean optim.lr?"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(argument: str, words: str):

@@ -352,3 +352,8 @@ def test_times_in_words(seconds: float, said: str):
 )
 def test_sizes_in_words(size: float, said: str):
     assert amount(size) == said
+
+
+def test_a_misspelt_flag_of_its_own_is_known(capsys: pytest.CaptureFixture[str]):
+    assert main(["--image", "3"]) == 2
+    assert capsys.readouterr().err == "dino-fast plan: unknown setting image: did you mean images?\n"
