@@ -46,8 +46,8 @@ from dino_fast.flops import flops_an_image
 from dino_fast.graphed import GraphedStep
 from dino_fast.head import HeadRecipe
 from dino_fast.schedules import Hyper, scaled_lr
-from dino_fast.step import build_student_teacher
-from dino_fast.train import DTYPES, build_step, half_precision_of_cuda
+from dino_fast.step import Precision, build_student_teacher
+from dino_fast.train import DTYPES, build_step, set_up_math
 from pipelines.crops import CropRecipe
 
 WARM_UP = 10  # steps on a GPU before anything is timed: kernels are chosen and compiled, graphs recorded
@@ -343,14 +343,12 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     )
 
 
-def choose_device(precision: str = "fp16") -> torch.device:
+def choose_device(precision: Precision = "fp16") -> torch.device:
     """The GPU where there is one, set as train.py sets it for a precision."""
-    torch.backends.cudnn.benchmark = True
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    if precision != "fp32":
-        half_precision_of_cuda()
-    return torch.device("cuda", torch.cuda.current_device())
+    gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    set_up_math(precision, device)
+    return device
 
 
 def described(recipe: Recipe, device: torch.device) -> str:

@@ -167,7 +167,7 @@ def arguments_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     if own.json and not own.json.parent.is_dir():
         raise UsageError(f"--json {own.json}: no such folder; make it first")
     data = ["--data.train", own.data] if own.data else []
-    return own, read_recipe([*rest, *data], "dino-fast doctor", also=("data", "seconds", "json"))
+    return own, read_recipe([*rest, *data], "dino-fast doctor", also=list(vars(own)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -233,7 +233,8 @@ class Monitor:
         sums, world, steps, data = self._sums, self._ranks.world, self._sums.steps, loader.figures()
         if self._ranks.device.type == "cuda":
             torch.cuda.current_stream(self._ranks.device).synchronize()  # or the clock would run behind the steps
-        clock = dict(zip(("seconds", "paused_s", "time"), (*self._clock.read(), time.time()), strict=True))
+        trained, paused = self._clock.read()
+        clock = {"seconds": trained, "paused_s": paused, "time": time.time()}
         own: dict[str, float | Tensor] = {
             **sums.read(), "in_a_row": sums.in_a_row, "stall": data.stall, "read": data.read_bytes,
             "requests_ready": data.requests_ready, "batches_ready": data.batches_ready, "bad": len(loader.bad),

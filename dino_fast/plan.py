@@ -276,10 +276,10 @@ def _doing(recipe: Recipe, plan: Plan) -> Iterator[tuple[str, str]]:
     yield "run", f"{_epochs(run['epochs'])} of {_count(run['steps_per_epoch'], 'step')}"
     if run["steps"] < run["schedule_steps"]:
         yield "run", f"max_steps ends it there: the schedules are for {run['schedule_steps']:,} steps"
-    each = "one rank, {} images" if run["ranks"] == 1 else f"{run['ranks']:,} ranks, {{}} images each"
+    ranks, each = ("one rank", "") if run["ranks"] == 1 else (f"{run['ranks']:,} ranks", " each")
     parts = f" in {recipe.accumulate} parts of {run['images_a_part']:,}" if recipe.accumulate > 1 else ""
     share = run["images_a_part"] * recipe.accumulate
-    yield "a step", f"{each.format(f'{share:,}')}{parts}, as {views} pixels, in {recipe.precision}"
+    yield "a step", f"{ranks}, {share:,} images{each}{parts}, as {views} pixels, in {recipe.precision}"
     for phase in plan["phases"]:
         epochs = _epochs(phase["steps"] / run["steps_per_epoch"])
         yield "phases", f"{phase['phase']}: the first {_count(phase['steps'], 'step')} ({epochs})"
@@ -384,7 +384,7 @@ def arguments_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
             raise UsageError(f"{flag} {value}: expected a number above 0")
     if own.json and not own.json.parent.is_dir():
         raise UsageError(f"--json {own.json}: no such folder; make it first")
-    return own, read_recipe(rest, "dino-fast plan", also=("images", "world", "images-per-s", "json"))
+    return own, read_recipe(rest, "dino-fast plan", also=[name.replace("_", "-") for name in vars(own)])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

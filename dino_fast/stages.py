@@ -15,7 +15,7 @@ import torch
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.schedules import Schedules
-from dino_fast.train import DTYPES, build_step, compile_step, half_precision_of_cuda
+from dino_fast.train import DTYPES, build_step, compile_step, set_up_math
 from dino_fast.verdict import AUGMENT, COLD, DALI_CPU, DALI_GPU, LOADER, STEP, TORCH, WARM
 from pipelines.crops import windows
 from pipelines.decode_torch import TorchDecoder
@@ -169,9 +169,7 @@ def loads(run: Run) -> Work:
 def steps(run: Run) -> Work:
     """The recipe's training step on one random batch, with networks that are thrown away."""
     recipe = run.recipe
-    torch.backends.cudnn.benchmark = True  # this and what follows as in train
-    if recipe.precision != "fp32" and run.ranks.device.type == "cuda":
-        half_precision_of_cuda()
+    set_up_math(recipe.precision, run.ranks.device)  # this and what follows as in train
     step = build_step(recipe, run.ranks)
     compile_step(recipe, run.ranks, step)
     at = Schedules(recipe, run.loader.order.steps_per_epoch).at(0)

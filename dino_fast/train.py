@@ -30,7 +30,7 @@ from dino_fast.initial import initialise
 from dino_fast.monitor import Monitor
 from dino_fast.optim import build_optimizer
 from dino_fast.schedules import Hyper, Schedules
-from dino_fast.step import TrainStep, build_student_teacher
+from dino_fast.step import Precision, TrainStep, build_student_teacher
 from dino_fast.stopping import PREEMPTED, StopSignal, nothing_to_lose
 from dino_fast.update import KernelUpdate
 from pipelines.loader import Batch, Loader, open_index
@@ -95,9 +95,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
     Raises Preempted where SIGTERM or SIGUSR1 ended the run before its end.
     """
     output = Path(recipe.output)
-    torch.backends.cudnn.benchmark = True  # sizes never change
-    if recipe.precision != "fp32" and ranks.device.type == "cuda":
-        half_precision_of_cuda()
+    set_up_math(recipe.precision, ranks.device)
 
     # ---- Data
     index = open_index(recipe.data)
@@ -178,9 +176,13 @@ def train_from(run: Run, start: Start) -> Ending:
     return Ending(done, trouble, told)
 
 
-def half_precision_of_cuda() -> None:
-    """How a GPU multiplies where the recipe says bf16 or fp16: what stays float32 (bf16's last layer) as TF32, which
-    has float16's mantissa, and sums of float16 products in float32 throughout: over 65536 prototypes they are long."""
+def set_up_math(precision: Precision, device: torch.device) -> None:
+    """How a GPU computes: the fastest convolutions, found by trying, since sizes never change; in bf16 and fp16 runs
+    what stays float32 (bf16's last layer) as TF32, which has float16's mantissa, and sums of float16 products in
+    float32 throughout: over 65536 prototypes they are long."""
+    torch.backends.cudnn.benchmark = True
+    if precision == "fp32" or device.type != "cuda":
+        return
     torch.set_float32_matmul_precision("high")
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
@@ -349,8 +351,10 @@ def save(run: Run, done: int, rollbacks: int) -> None:
 
 def show_crops(run: Run, batch: Batch) -> None:
     """Write the sheet of a batch's crops, if the recipe wants one and there is none yet."""
+    if not (run.recipe.dump_crops and run.ranks.first):
+        return
     sheet = Path(run.recipe.output) / "crops.png"
-    if run.recipe.dump_crops and run.ranks.first and not sheet.exists():
+    if not sheet.exists():
         write_crop_sheet(sheet, batch.globals, batch.locals, len(batch.ids))
 
 

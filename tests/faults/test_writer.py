@@ -122,16 +122,22 @@ def test_a_write_that_failed_is_tried_again_until_it_succeeds(
     assert steps_saved(tmp_path) == [1, 2]
 
 
-def test_a_newer_checkpoint_takes_the_place_of_one_that_waits(
-    disk: Disk, writer: Writer, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+@pytest.fixture
+def waiting(disk: Disk, writer: Writer, said: list[str], monkeypatch: pytest.MonkeyPatch) -> Writer:
+    """A writer to which the disk refuses the checkpoint of step 1, and which would try again in an hour."""
     monkeypatch.setattr(checkpoint, "PAUSES", (3600.0,))
     disk.fails = True
     writer.save(1, state(1.0))
     assert soon(lambda: bool(said))
+    return writer
+
+
+def test_a_newer_checkpoint_takes_the_place_of_one_that_waits(
+    disk: Disk, waiting: Writer, said: list[str], tmp_path: Path
+):
     disk.fails = False
-    writer.save(2, state(2.0))
-    writer.close()  # nothing to raise: the newest is written
+    waiting.save(2, state(2.0))
+    waiting.close()  # nothing to raise: the newest is written
     assert steps_saved(tmp_path) == [2]
     assert said == ["no space for step 1; it is tried again in 3600 s, and the run goes on"]
 
@@ -163,13 +169,9 @@ def test_a_state_that_cannot_be_written_is_an_error_too(
 
 
 def test_abandoning_waits_for_what_is_being_written_but_not_for_another_try(
-    disk: Disk, writer: Writer, said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    disk: Disk, waiting: Writer, said: list[str], tmp_path: Path
 ):
-    monkeypatch.setattr(checkpoint, "PAUSES", (3600.0,))
-    disk.fails = True
-    writer.save(1, state(1.0))
-    assert soon(lambda: bool(said))
-    writer.abandon()  # raises nothing
+    waiting.abandon()  # raises nothing
     assert steps_saved(tmp_path) == []
     other = Writer(tmp_path, keep=2, keep_every=0, say=said.append)
     disk.fails = False
