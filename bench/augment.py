@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from bench.timing import interleaved, records, report
+from bench.timing import interleaved, keep_records, records, report
 from pipelines import photometric
 from pipelines.crops import CropRecipe
 from pipelines.photometric import Colours, PhotometricRecipe, draw_colours
@@ -175,7 +175,7 @@ def main() -> None:
         for name, arm in found.items()
         if options.only is None or name in options.only
     }
-    rounds = interleaved(arms, options.rounds)
+    rounds = interleaved(arms, options.rounds, partial(keep_records, "augment", UNITS, options.json))
     add_shares(rounds)
     print(f"2×224 + 6×96, batches of {options.batch}, {dtype} on " + ("the GPU" if gpu else f"{cores} cores"))
     if COMPILED in rounds:

@@ -1,7 +1,7 @@
 """What the loader costs the training: the step alone on pictures that lie in memory, and the same step fed from shards.
 
     python -m bench.end_to_end SHARDS [--arm ours] [--batch 8] [--precision P] [--rounds 5] [--steps 10]
-                               [--published] [--json bench/results/X.jsonl]
+                               [--decode auto] [--published] [--json bench/results/X.jsonl]
 
 Both arms take the same step (--arm: one of `bench/step.py`'s), in turn. "step alone" repeats one batch of the loader.
 "loader + step" begins to load afresh each round, and counts after WARM_UP steps, so that no batch is made ahead of the
@@ -30,7 +30,7 @@ import torch
 from bench import peers
 from bench.roofline import finished
 from bench.step import KINDS, Figures, Step, Views, add_arguments, choose_device, described, loader_views, recipe_of
-from bench.timing import interleaved, records, report
+from bench.timing import interleaved, keep_records, records, report
 from dino_fast.config import Recipe
 from dino_fast.train import DTYPES
 from pipelines.loader import Batch, DataRecipe, Loader, default_threads
@@ -112,14 +112,14 @@ def figures(setting: Setting, seconds: float) -> Figures:
 
 def add_ratio(rounds: dict[str, list[Figures]]) -> None:
     """Each round against the step alone in the same round."""
-    for figure, plain in zip(rounds[FED], rounds[ALONE], strict=True):
+    for figure, plain in zip(rounds.get(FED, []), rounds.get(ALONE, []), strict=False):
         figure["of the step alone"] = 100 * figure["images"] / plain["images"]
 
 
-def build_loader(index: ShardIndex, recipe: Recipe, device: torch.device) -> Loader:
+def build_loader(index: ShardIndex, recipe: Recipe, device: torch.device, data: DataRecipe) -> Loader:
     """As train.py builds it."""
     return Loader(
-        index, DataRecipe(), recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
+        index, data, recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
         device=device, dtype=DTYPES[recipe.precision],
     )  # fmt: skip
 
@@ -129,7 +129,8 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     add_arguments(parser)
     parser.set_defaults(steps=50 if torch.cuda.is_available() else 10)
-    parser.add_argument("--arm", choices=FEEDABLE, default="ours-compiled" if torch.cuda.is_available() else "ours")
+    parser.add_argument("--arm", choices=FEEDABLE, default="ours-fused" if torch.cuda.is_available() else "ours")
+    parser.add_argument("--decode", choices=("auto", "dali", "torch"), default="auto", help="`data.decode` of a recipe")
     parser.add_argument("--published", action="store_true", help="the published loader and step, too")
     options = parser.parse_args()
     recipe, device = recipe_of(options), choose_device(options.precision)
@@ -137,14 +138,15 @@ def main() -> None:
         raise SystemExit(f"--arm {options.arm}: {lacking}")
     step = KINDS[options.arm].build(recipe, device)
     with ShardIndex(options.shards) as index, tempfile.TemporaryDirectory() as files:
-        setting = Setting(step, build_loader(index, recipe, device), recipe.batch_size, options.steps, device)
+        loader = build_loader(index, recipe, device, DataRecipe(decode=options.decode))
+        setting = Setting(step, loader, recipe.batch_size, options.steps, device)
         arms = {ALONE: partial(alone, setting, first_batch(setting)), FED: partial(fed, setting)}
         if options.published:
             peers.unpack(index, Path(files))
             cores = default_threads()
             begin = partial(peers.published, Path(files), recipe.crops, recipe.augment, recipe.batch_size, cores)
             arms[PUBLISHED] = partial(published_fed, KINDS["published"].build(recipe, device), begin, cores, setting)
-        rounds = interleaved(arms, options.rounds)
+        rounds = interleaved(arms, options.rounds, partial(keep_records, "end to end", UNITS, options.json))
     add_ratio(rounds)
     print(f"{options.arm} from {options.shards}: {described(recipe, device)}")
     for note in setting.loader.notes:

@@ -1,138 +1,471 @@
 #!/usr/bin/env bash
-# Everything here that only a GPU can show, in parts of under 9 minutes each.
+# Run what only a GPU can show, in parts that each have a time limit and do not need each other.
 #
-#   bash bench/gpu.sh [PART ...]     without a PART: `quick`
+#   bash bench/gpu.sh [PART ...]     without a PART: `first`
 #
-#   quick        the tests, then something of all the others but `learn`: whether it runs, and first figures
-#   bring-up     the machine, the `gpu` tests, the kernels' own tests compiled, 60 steps of a run from shards
-#   kernels      loss, update and augmentation beside their baselines and a copy; the three bounds
-#   step         the step beside the published one and stock PyTorch, by kernel class; memory by batch
-#   small        16 images a step, with and without a graph; bf16 beside fp16
-#   loader       the loader beside others, and by its settings
-#   end-to-end   loader and step together at three batches, beside the published pair; what `doctor` says
-#   learn        LEARN_MINUTES (8) of configs/imagenette_resnet18.yaml, with k-NN scores; the same command goes on
+#   first        6 minutes, LIMIT_S (390) seconds at most: machine, warm-up beside tests, kernels, augment, step, train
+#   second       5 minutes and LEARN_S (200) seconds: loader, sweep, end-to-end, with STEP_ARMS step, learn, score
 #
-# SHARDS=FOLDER: shards to read, else some are drawn. IMAGENETTE=FOLDER: `learn`'s, with train/ and val/ in it.
-# Every command is stopped at its limit, in seconds, of which SLOWER=2 gives it twice as many. Results go to $OUT, or to
-# bench/results/. Needs python3 with torch >= 2.11, torchvision, DALI, jsonargparse, docstring-parser, typeshed-client,
-# annotated-types, rich, pyyaml, tensorboard, pillow, pytest, pytest-timeout and hypothesis on PYTHONPATH.
+# Their parts, which can be named one by one and in any order:
+#
+#   machine      the GPU with its clocks and power, the processor, the packages
+#   warm-up      in the background: compile the graphs of `step` and of configs/imagenette_resnet18.yaml into the cache,
+#                and decode batches by DALI on the GPU. `quiet` waits for it until second 200; it and every part that
+#                measures then end what still runs
+#   tests        the tests that need a GPU, and those of the kernels, compiled; TESTS names further files
+#   kernels      loss and update beside their baselines and a copy
+#   augment      the augmentation beside its reference and a copy
+#   step         the step beside the published one and stock PyTorch, with a table of all kernels; STEP_ARMS: its arms
+#   train        60 steps of a ResNet-50 from shards
+#   loader       three arms of the loader, each by itself
+#   sweep        the loader by threads and by the share of the hardware decoder
+#   end-to-end   loader and step together; ARM: the step's arm
+#   learn        LEARN_S seconds of configs/imagenette_resnet18.yaml with EPOCHS (100), with k-NN scores. SIGTERM ends
+#                it with a checkpoint below LEARN_RUN, from which the same command goes on
+#   score        k-NN of that checkpoint, and the teacher's backbone in float16, in pieces of 15 MiB
+#
+# Parts that take longer, or that ALSO="PART ..." adds to `first` and `second` after their step:
+#
+#   bring-up     tests and train
+#   batches      the step with 64 and 256 images, and in bf16
+#   small        16 images a step, with and without a CUDA graph
+#   norms        our batch norms beside torch's; norms-sweep: with other sizes of tiles and numbers of programs
+#   convolutions each convolution of the step by itself
+#   roofline     the three bounds
+#   peers        the loader beside others
+#   doctor       what `dino-fast doctor` says
+#
+# What it reads from the environment, beside those named above:
+#
+#   SHARDS       a folder of shards, else some are drawn; IMAGENETTE: one with train/ and val/, for learn and score
+#   LIMIT_S      seconds for everything. A part that no longer fits is left out, with a line that says so
+#   SLOWER       a factor of every part's limit, at which SIGINT stops it
+#   OUT          the folder of the results (bench/results), which are there after each part: JSON lines, of which
+#                `python -m bench.readme --print FOLDER` makes a table, and every log in NAME.tgz
+#   DECODE       torch: end-to-end, train and learn without DALI; TRAIN_ARGS: further settings of train and learn
+#   COMMIT       what the records name where there is no git
+#   ENTER        a file that is sourced first where it exists (.gpu/enter.sh); it may set PYTHONPATH, SHARDS and so on
+#   PYTHON       the interpreter, else that of .venv, else python3
+#   DRY          1: the same commands with tiny sizes on a CPU; show: print the commands, and run none
+#
+# Needs python3 with torch >= 2.11, torchvision, DALI, jsonargparse, docstring-parser, typeshed-client, annotated-types,
+# rich, pyyaml, tensorboard, pillow, pytest, pytest-timeout and hypothesis on PYTHONPATH; with pytest-xdist tests run
+# eight at a time.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+shopt -s nullglob
+dry=${DRY:-}
 out=${OUT:-bench/results}
-scratch=$(mktemp -d)
-trap 'rm -rf "$scratch"' EXIT
-mkdir -p "$out"
 python=python3
 [ -x .venv/bin/python ] && python=.venv/bin/python
+python=${PYTHON:-$python}
+call=${1:-first}
+[ $# -gt 1 ] && call=parts
+scratch=$(mktemp -d)
+results=$scratch/$call
+mkdir -p "$results"
+running= # the command under way
+chains=() # what runs in the background, each the leader of a session of its own
+slower=${SLOWER:-1}
+learn_run=${LEARN_RUN:-$scratch/learn}
+enter=${ENTER:-.gpu/enter.sh}
+STEP_ARMS_GIVEN=${STEP_ARMS:-}
+STEP_ARMS=${STEP_ARMS:-published stock ours ours-fused stock-compiled ours-compiled}
+unlimited=1000000
+warm_until=200 # seconds from the start
+case $call in
+first) limit_s=${LIMIT_S:-390} warm_until=$((limit_s - 190)) ;; # what is timed takes that long
+second) limit_s=${LIMIT_S:-$((300 + ${LEARN_S:-200}))} ;;
+*) limit_s=${LIMIT_S:-$unlimited} ;;
+esac
+if [ -n "$dry" ]; then # no compiler: it takes minutes; and no GPU, whether there is one or not
+    slower=10 limit_s=$unlimited warm_until=600
+    export TORCHDYNAMO_DISABLE=1 CUDA_VISIBLE_DEVICES=
+fi
+# Compilers' caches, in one place each, so that every part finds what an earlier one compiled.
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-/tmp/dino-fast-$(id -u)/inductor}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/dino-fast-$(id -u)/triton}
+export PYTHONUNBUFFERED=1
 
-within() { # SECONDS LINES COMMAND...: the last LINES of what it prints
-    local limit=$(($1 * ${SLOWER:-1})) lines=$2
+# ---- Running a command
+
+does() { # NAME LIMIT LEAST LINES COMMAND...: at most LIMIT seconds; nothing where fewer than LEAST are left
+    local name=$1 limit=$(($2 * slower)) least=$3 lines=$4 start=$SECONDS status left=$((limit_s - SECONDS - 5))
+    shift 4
+    [ "$dry" = show ] && echo "\$ $(quoted "$@")" && return
+    if [ "$left" -lt "$least" ]; then
+        echo "== $name: left out, $left s are left of $limit_s"
+        return 1
+    fi
+    [ "$limit" -gt "$left" ] && limit=$left
+    # A shell makes its background commands ignore SIGINT, and so may who started this script.
+    timeout -s "${stop:-INT}" -k 15 "$limit" env --default-signal=INT "$@" >"$results/$name.log" 2>&1 &
+    running=$!
+    wait "$running"
+    status=$?
+    kill -KILL -- "-$running" 2>/dev/null # what it left behind
+    running=
+    grep -h '^left out' "$results/$name.log" | sort -u | cut -c1-200
+    tail -n "$lines" "$results/$name.log" | cut -c1-200
+    echo "== $name: status $status, $((SECONDS - start)) s of $limit; $(clock)"
+    collect
+    return "$status"
+}
+clock() {
+    [ "$limit_s" -lt "$unlimited" ] && echo "$SECONDS s used, $((limit_s - SECONDS)) s left" || echo "$SECONDS s used"
+}
+bench() { # NAME LIMIT LEAST MODULE ARGUMENTS...: its records go to NAME-gpu.jsonl, or to those of `records`
+    local name=$1 limit=$2 least=$3 module=$4 file=$results/${records:-$1}-gpu.jsonl
+    shift 4
+    quiet
+    sizes "$module"
+    does "$name" "$limit" "$least" 50 "$python" -m "bench.$module" "$@" "${tiny[@]}" --json "$file"
+}
+quoted() {
+    printf '%q ' "$@"
+}
+sizes() { # COMMAND: `tiny` becomes what makes its arguments small; later arguments win
+    tiny=()
+    [ "$dry" = 1 ] || return 0
+    local images=(--batch 4 --seconds 0.1)
+    case $1 in
+    step | end_to_end)
+        tiny=(--backbone resnet18 --batch 2 --global_size 32 --local_size 24 --locals 2 --prototypes 64 --rounds 1
+            --steps 1)
+        ;;
+    kernels) tiny=(--backbone resnet18 --batch 2 --prototypes 64 --iterations 1 --rounds 1) ;;
+    augment) tiny=(--batch 2 --iterations 1 --rounds 1) ;;
+    loader) tiny=("${images[@]}" --cores 1) ;;
+    sweep) tiny=("${images[@]}" --decode_device cpu --threads 1 2) ;;
+    norms | convolutions) tiny=(--backbone resnet18 --batch 1 --side 64 --iterations 1 --rounds 1) ;;
+    roofline) tiny=(--precision fp32 --rounds 1) ;;
+    tests) tiny=(--collect-only) ;;
+    train | learn)
+        tiny=(--device cpu --precision fp32 --backbone resnet18 --batch_size 4 --crops.global_size 32
+            --crops.local_size 24 --crops.locals 2 --head.out_dim 64 --head.hidden_dim 32 --log_every 1)
+        if [ "$1" = learn ]; then tiny+=(--knn.every 2 --knn.pictures 20); else tiny+=(--max_steps 2); fi
+        ;;
+    esac
+}
+collect() { # What is there comes to $out: everything in one archive, and by themselves so many that eight files are all
+    local file files=("$results"/*-gpu.jsonl)
+    [ -n "${OUT:-}" ] && files=("${files[@]:0:5}")
+    case $call in
+    first) files=("$results"/{dali,kernels,augment,step,train}-gpu.jsonl "$results"/{step-kernels.jsonl,tests.log}) ;;
+    second) files=("$results"/{loader,sweep,end-to-end,step,learn}-gpu.jsonl) ;; # and two pieces of the teacher
+    esac
+    mkdir -p "$out"
+    tar czf "$out/$call.tgz" -C "$scratch" "$call"
+    for file in "${files[@]}"; do
+        if [ -s "$file" ]; then cp "$file" "$out/"; fi
+    done
+}
+
+# ---- In the background
+
+link() { # CHAIN NAME COMMAND...: one more command of a chain, which runs when those before it are done
+    local file=$scratch/chain-$1 name=$2
     shift 2
-    echo "-- $*"
-    timeout "$limit" "$@" 2>&1 | tail -n "$lines"
-    local status=${PIPESTATUS[0]}
-    [ "$status" -eq 0 ] || echo "-- status $status within $limit s"
+    [ "$dry" = show ] && echo "\$ $(quoted "$@")" && return
+    printf 'start=$SECONDS; %s >%q 2>&1; echo "%s: status $?, $((SECONDS - start)) s" >>%q\n' \
+        "$(quoted env --default-signal=INT "$@")" "$results/$name.log" "$name" "$results/beside.txt" >>"$file"
 }
-bench() { # SECONDS MODULE RESULT ARGUMENTS...
-    within "$1" 60 "$python" -m "bench.$2" --json "$out/$3-gpu.jsonl" "${@:4}"
+quiet() { # [SECOND]: wait for the background until this second, then end it
+    [ ${#chains[@]} -gt 0 ] || return 0
+    local leader log
+    for leader in "${chains[@]}"; do
+        while kill -0 "$leader" 2>/dev/null && [ "$SECONDS" -lt "${1:-0}" ]; do sleep 0.5; done
+    done
+    for leader in "${chains[@]}"; do end "$leader"; done
+    chains=()
+    cat "$results/beside.txt" 2>/dev/null # what is missing there was ended
+    for log in "$results"/warm-*.log; do tail -n 1 "$log" | cut -c1-200; done
+    echo "== quiet: $(clock)"
+    collect
+}
+end() { # PROCESS: with its group and all its descendants
+    local process processes
+    processes=$(descendants "$1")
+    # shellcheck disable=SC2086
+    kill -KILL -- "-$1" $processes 2>/dev/null
+    wait "$1" 2>/dev/null
+    for process in $processes; do # at most 5 s: the GPU's memory is free when they are gone
+        for _ in {1..50}; do
+            grep -qs '^State:[[:space:]]*[^ZX]' "/proc/$process/status" || break
+            sleep 0.1
+        done
+    done
+}
+descendants() { # PROCESS
+    local child
+    for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
+        echo "$child"
+        descendants "$child"
+    done
 }
 
-machine() {
-    {
-        nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-        "$python" -c 'import torch, torchvision, triton, numpy; print("torch", torch.__version__, "cuda", torch.version.cuda,
-"torchvision", torchvision.__version__, "triton", triton.__version__, "numpy", numpy.__version__)'
-        "$python" -c 'import nvidia.dali; print("dali", nvidia.dali.__version__)'
-        git rev-parse HEAD 2>/dev/null
-        date -u +%FT%TZ
-    } 2>&1 | tee "$out/gpu-machine.txt"
-}
-shards() { # where they are
-    local folder=${SHARDS:-$scratch/shards}
-    if [ ! -e "$folder" ]; then
+# ---- Images
+
+drawn() { # PER_CLASS: draw some, once, and print their folder
+    if [ ! -e "$scratch/drawn" ]; then
         "$python" -c 'import sys; from pathlib import Path; from dino_fast.demo.draw import draw_dataset
-draw_dataset(Path(sys.argv[1]), per_class=150, val_per_class=1, seed=0)' "$scratch/drawn" >&2
-        "$python" -m shards pack "$scratch/drawn/train" "$folder" >&2
+draw_dataset(Path(sys.argv[1]), per_class=int(sys.argv[2]), val_per_class=2, seed=0)' "$scratch/drawn" "$1" >&2
+    fi
+    echo "$scratch/drawn"
+}
+shards() { # Where they are
+    local folder=$scratch/shards count=150
+    [ -n "${SHARDS:-}" ] && echo "$SHARDS" && return
+    [ "$dry" = show ] && echo SHARDS && return
+    [ -n "$dry" ] && count=4
+    [ -e "$folder" ] || "$python" -m shards pack "$(drawn "$count")/train" "$folder" >&2
+    echo "$folder"
+}
+imagenette() { # Where its two sets of shards are; nothing where they are not
+    local folder=${IMAGENETTE:-}
+    [ "$dry" = show ] && folder=${folder:-IMAGENETTE}
+    if [ -z "$folder" ] && [ -n "$dry" ]; then
+        folder=$scratch/imagenette
+        if [ ! -e "$folder" ]; then
+            "$python" -m shards pack "$(drawn 4)/train" "$folder/train" >&2
+            "$python" -m shards pack "$(drawn 4)/val" "$folder/val" --classes "$folder/train/manifest.json" >&2
+        fi
     fi
     echo "$folder"
 }
-tests() {
-    within 110 40 "$python" -m pytest -m gpu -o addopts= --import-mode=importlib -p no:cacheprovider -q -s tests |
-        tee "$out/gpu-tests.txt"
-    # On a GPU these run compiled.
-    within 45 15 "$python" -m pytest -p no:cacheprovider -q tests/pipelines/test_photometric_triton.py \
-        tests/dino_fast/test_kernel_dino_loss.py tests/dino_fast/test_kernel_update.py | tee -a "$out/gpu-tests.txt"
-}
-train() { # Whether the whole main job runs, as a user would start it.
-    within 50 15 "$python" -m dino_fast train --config configs/resnet50_100ep.yaml --data.train "$(shards)" \
-        --crops.locals 6 --output "$scratch/run" --batch_size 128 --max_steps 60 --epochs 100 --optim.warmup_epochs 1 \
-        --log_every 20
-    cp "$scratch/run/metrics.jsonl" "$out/gpu-train.jsonl"
-}
 
-quick() {
-    tests
-    bench 30 augment augment --only copy triton torch
-    bench 60 loader loader "$(shards)" --only dali-gpu "hybrid, torch" "hybrid, dali" torch --seconds 4 --rounds 1 \
-        --batch 128
-    bench 30 kernels kernels --rounds 3
-    # Compiling takes most of it; nothing is written before all arms are done.
-    bench 190 step step --rounds 3 --steps 10 --profile --only published stock stock-compiled ours ours-compiled \
-        ours-graphed
-    bench 35 end_to_end end-to-end "$(shards)" --rounds 2 --steps 20 --batch 128
-    train # its graphs are those that bench.step has compiled
+# ---- The parts: a NAME, a LIMIT and the LEAST that makes sense, in seconds, and the command
+
+machine() {
+    [ "$dry" = show ] && return
+    {
+        nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+        nvidia-smi
+        nvidia-smi -q -d CLOCK,POWER
+        lscpu
+        free -g
+        "$python" -m pip list
+        git rev-parse HEAD || echo "commit ${COMMIT:-unknown}"
+        date -u +%FT%TZ
+    } >"$results/machine.txt" 2>&1
+    head -n 1 "$results/machine.txt"
+    echo "== machine: $(clock)"
 }
-bring_up() {
-    SLOWER=$((2 * ${SLOWER:-1})) tests
-    train
-}
-kernels() {
-    bench 120 kernels kernels --rounds 10
-    bench 60 augment augment --only copy triton torch --rounds 5 # torch.compile spends minutes on its many shapes
-    bench 60 roofline roofline --rounds 10
-}
-step() {
-    bench 260 step step --rounds 5 --steps 20 --profile
-    for batch in 64 256; do
-        bench 120 step "step-$batch" --batch "$batch" --rounds 3 --steps 10 --only published stock-compiled ours-compiled
+warm_up() { # Two arms at a time: each holds some 20 GB of the GPU's memory
+    local arm chain=0 dali=dali-gpu
+    [ "$dry" = 1 ] && dali=dali-cpu
+    sizes loader
+    link dali dali "$python" -m bench.loader "$(shards)" --arm "$dali, crops alone" --cores "$(nproc)" --batch 128 \
+        --seconds 2 "${tiny[@]}" --json "$results/dali-gpu.jsonl"
+    sizes step
+    for arm in $STEP_ARMS; do
+        case $arm in
+        *compiled* | *graphed* | *aside*)
+            link "step-$((chain++ % 2))" "warm-$arm" TORCHINDUCTOR_COMPILE_THREADS=4 "$python" -m bench.step \
+                --rounds 1 --steps 1 --only "$arm" "${tiny[@]}"
+            ;;
+        esac
+    done
+    sizes train
+    link imagenette warm-imagenette TORCHINDUCTOR_COMPILE_THREADS=4 "$python" -m dino_fast train \
+        --config configs/imagenette_resnet18.yaml --data.train "$(shards)" --max_steps 2 --output "$scratch/warm" \
+        ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
+    for chain in "$scratch"/chain-*; do
+        setsid bash "$chain" </dev/null >/dev/null 2>&1 &
+        chains+=("$!")
     done
 }
-small() {
-    bench 300 step step-small --batch 16 --rounds 3 --steps 20 \
-        --only stock-compiled ours ours-compiled ours-aside ours-graphed ours-graphed-aside
-    bench 120 step step-bf16 --precision bf16 --rounds 3 --steps 10 --only stock-compiled ours-compiled
+tests() {
+    local at_once=()
+    "$python" -c 'import xdist' 2>/dev/null && at_once=(-n 8 --dist worksteal)
+    sizes tests
+    # Warnings are errors here, but those of the packages of another machine should not hide what is to be seen.
+    # shellcheck disable=SC2086
+    does tests 150 30 40 OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest "${at_once[@]}" \
+        -o addopts= --import-mode=importlib -p no:cacheprovider -q --tb=short -rfEsP -W default --timeout 90 \
+        "${tiny[@]}" tests/test_gpu.py tests/pipelines/test_photometric_triton.py tests/dino_fast/test_kernel_*.py \
+        ${TESTS:-}
+}
+kernels() {
+    bench kernels 50 20 kernels --rounds 3
+}
+augment() { # torch.compile spends minutes on its many shapes
+    bench augment 25 10 augment --only copy triton torch --rounds 3
+}
+step() { # [LIMIT]: if a kernel takes the whole process with it, once more the arms that were ready before
+    local status arms part=$results/step-gpu.jsonl.partial
+    # shellcheck disable=SC2086
+    bench step "${1:-160}" 50 step --rounds 3 --steps 8 --profile --kernels "$results/step-kernels.jsonl" \
+        --only $STEP_ARMS
+    status=$?
+    [ "$status" -ne 0 ] && [ "$status" -ne 124 ] && [ -s "$part" ] || return "$status"
+    arms=$("$python" -c 'import json, sys
+print(*dict.fromkeys(row["arm"] for row in map(json.loads, open(sys.argv[1])) if row["arm"] != "probes"))' "$part")
+    mv "$part" "$results/step-broken.jsonl"
+    # shellcheck disable=SC2086
+    records=step bench step-again 90 40 step --rounds 2 --steps 8 --profile --kernels "$results/step-kernels.jsonl" \
+        --only $arms
+}
+train() { # As a user would start it
+    quiet
+    sizes train
+    does train 60 35 12 "$python" -m dino_fast train --config configs/resnet50_100ep.yaml --data.train "$(shards)" \
+        --crops.locals 6 --output "$scratch/run" --batch_size 128 --max_steps 60 --log_every 5 \
+        --checkpoint.every "1000 steps" ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
+    keep "$scratch/run/metrics.jsonl" train-gpu.jsonl
 }
 loader() {
-    bench 240 loader loader "$(shards)" --seconds 5 --rounds 2 --batch 128
-    bench 160 sweep sweep-gpu-decoder "$(shards)" --decode dali --decode_device gpu --threads 4 8 16 --prefetch 2 3 \
-        --hw_decoder_load 0 0.2 0.4 0.6 --batch 128 --seconds 2
-    bench 80 sweep sweep-cpu-decoder "$(shards)" --decode torch dali --decode_device cpu --threads 8 16 --prefetch 2 3 \
+    local arm arms=(dali-gpu "hybrid, torch" "DALI's own operators, GPU")
+    [ "$dry" = 1 ] && arms=(dali-cpu torch "DALI's own operators")
+    for arm in "${arms[@]}"; do
+        records=loader bench "loader-${arm//[^a-zA-Z]/-}" 25 12 loader "$(shards)" --arm "$arm" --cores "$(nproc)" \
+            --batch 128 --seconds 3
+    done
+}
+sweep() {
+    bench sweep 45 25 sweep "$(shards)" --decode dali --decode_device gpu --threads 8 16 --hw_decoder_load 0 0.4 0.99 \
         --batch 128 --seconds 2
 }
 end_to_end() {
-    for batch in 64 128 256; do
-        bench 130 end_to_end "end-to-end-$batch" "$(shards)" --batch "$batch" --rounds 3 --steps 50 --published
-    done
-    within 90 20 "$python" -m dino_fast doctor --data "$(shards)" --config configs/resnet50_100ep.yaml --batch_size 128 |
-        tee "$out/gpu-doctor.txt"
+    bench end-to-end 80 35 end_to_end "$(shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
+        ${DECODE:+--decode "$DECODE"}
 }
-learn() { # A signal ends it with a checkpoint, from which the next call goes on.
-    local run=${LEARN_RUN:-$scratch/learn} pictures=${IMAGENETTE:?a folder with the shards train/ and val/}
-    timeout -s TERM $((60 * ${LEARN_MINUTES:-8})) "$python" -m dino_fast train --config configs/imagenette_resnet18.yaml \
-        --data.train "$pictures/train" --knn.train "$pictures/train" --knn.val "$pictures/val" --knn.every 20 \
-        --knn.pictures 10000 --output "$run" 2>&1 | tail -n 40
-    cp "$run/metrics.jsonl" "$out/gpu-learn.jsonl"
-    within 60 10 "$python" -m dino_fast knn --checkpoint "$run" --train "$pictures/train" --val "$pictures/val" \
-        --resize 128 --crop 128 | tee "$out/gpu-learn-knn.txt"
+learn() {
+    local images seconds=${LEARN_S:-200} left=$((limit_s - SECONDS - 45)) # for `score`
+    images=$(imagenette)
+    [ -n "$images" ] || { echo "== learn: left out, IMAGENETTE names no folder" && return 1; }
+    [ -z "${LEARN_S:-}" ] && [ -n "${LIMIT_S:-}" ] && seconds=$left
+    [ "$seconds" -gt "$left" ] && seconds=$left
+    [ "$dry" = 1 ] && seconds=30
+    local slower=1
+    quiet
+    sizes learn
+    stop=TERM does learn "$seconds" 20 15 "$python" -m dino_fast train --config configs/imagenette_resnet18.yaml \
+        --data.train "$images/train" --knn.train "$images/train" --knn.val "$images/val" --knn.every 15 \
+        --knn.pictures 5000 --epochs "${EPOCHS:-100}" --output "$learn_run" \
+        ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
+    keep "$learn_run/metrics.jsonl" learn-gpu.jsonl
+}
+score() {
+    local images
+    images=$(imagenette)
+    [ -n "$images" ] || { echo "== score: left out, IMAGENETTE names no folder" && return 1; }
+    quiet
+    does score 30 10 6 "$python" -m dino_fast knn --checkpoint "$learn_run" --train "$images/train" \
+        --val "$images/val" --resize 128 --crop 128
+    does teacher 15 5 2 "$python" -c 'import pathlib, sys, torch
+newest = sorted(pathlib.Path(sys.argv[1]).glob("step-*.pt"))[-1]
+state = torch.load(newest, map_location="cpu", weights_only=True)
+teacher = {name: value.half() if value.is_floating_point() else value
+           for name, value in state["model"]["teacher"].items() if name.startswith("backbone.")}
+torch.save({"step": state["step"], "recipe": state["recipe"], "teacher": teacher}, sys.argv[2])
+print(f"{newest.name}: {len(teacher)} tensors")' "$learn_run" "$scratch/teacher.pt"
+    [ -s "$scratch/teacher.pt" ] && split -b 15M -d "$scratch/teacher.pt" "$out/teacher.pt."
+}
+keep() { # FILE NAME
+    [ -s "$1" ] && cp "$1" "$results/$2" && collect
+}
+batches() {
+    local size
+    for size in 64 256; do
+        bench "step-$size" 150 50 step --rounds 3 --steps 10 --only published stock-compiled ours-fused ours-compiled \
+            --batch "$size"
+    done
+    bench step-bf16 150 50 step --precision bf16 --rounds 3 --steps 10 --only stock-compiled ours-fused ours-compiled
+}
+small() {
+    bench step-small 300 60 step --rounds 3 --steps 20 --batch 16 \
+        --only stock-compiled ours ours-fused ours-fused-graphed ours-compiled ours-aside ours-graphed \
+        ours-graphed-aside
+}
+norms() {
+    bench norms 60 20 norms --rounds 3
+}
+norms_sweep() {
+    bench norms-sweep 120 40 norms --rounds 2 --sweep
+}
+convolutions() {
+    bench convolutions 60 20 convolutions --rounds 3
+}
+roofline() {
+    bench roofline 60 10 roofline --rounds 10
+}
+peers() {
+    bench peers 300 60 loader "$(shards)" --seconds 5 --rounds 2 --batch 128
+}
+doctor() {
+    quiet
+    sizes train
+    does doctor 120 30 20 "$python" -m dino_fast doctor --data "$(shards)" --config configs/resnet50_100ep.yaml \
+        --batch_size 128 "${tiny[@]}"
 }
 
-machine
-for part in "${@:-quick}"; do
-    case $part in
-    quick | kernels | step | small | loader | learn) "$part" ;;
-    bring-up) bring_up ;;
+first() {
+    machine
+    warm_up
+    tests
+    quiet "$warm_until"
+    kernels
+    augment
+    step
+    also
+    train
+}
+second() {
+    loader
+    sweep
+    end_to_end
+    [ -n "$STEP_ARMS_GIVEN" ] && step 90
+    also
+    learn
+    score
+}
+also() {
+    local name
+    for name in ${ALSO:-}; do part "$name"; done
+}
+part() { # NAME
+    case $1 in
+    first | second | machine | tests | kernels | augment | step | train | loader | sweep | learn | score) "$1" ;;
+    batches | small | norms | convolutions | roofline | peers | doctor) "$1" ;;
+    warm-up) warm_up ;;
+    quiet) quiet "$warm_until" ;;
     end-to-end) end_to_end ;;
-    *) echo "bench/gpu.sh: unknown PART $part: see its first lines" >&2 && exit 2 ;;
+    norms-sweep) norms_sweep ;;
+    bring-up) tests && train ;;
+    *) echo "bench/gpu.sh: unknown PART $1: see its first lines" >&2 && exit 2 ;;
     esac
-done
-"$python" -m bench.readme --print "$out"
+}
+
+# ---- The run
+
+finish() { # Also when a signal ends this script
+    local status=$? leader waited
+    trap - EXIT
+    if [ -n "$running" ]; then
+        kill -INT "$running" 2>/dev/null # `timeout` hands it on
+        for waited in 1 2 3 4 5 6; do
+            kill -0 "$running" 2>/dev/null && sleep 0.5
+        done
+        kill -KILL -- "-$running" 2>/dev/null
+    fi
+    for leader in "${chains[@]}"; do end "$leader"; done
+    [ "$dry" = show ] || collect
+    rm -rf "$scratch"
+    exit "$status"
+}
+trap finish EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+if [ -z "$dry" ] && [ -f "$enter" ]; then
+    # shellcheck disable=SC1090
+    if ! . "$enter"; then
+        echo "== $enter failed"
+        machine
+        exit 1
+    fi
+fi
+for name in "${@:-first}"; do part "$name"; done
+echo "== all: $SECONDS s"
+exit 0

@@ -1,10 +1,10 @@
 """The loss and the update of a step by themselves: our kernels beside torch's operations and the published loops.
 
-    python -m bench.kernels [--batch 128] [--backbone resnet50] [--iterations 20] [--rounds 5] [--only ARM ...]
-                            [--json bench/results/X.jsonl]
+    python -m bench.kernels [--batch 128] [--backbone resnet50] [--prototypes 65536] [--iterations 20] [--rounds 5]
+                            [--only ARM ...] [--json bench/results/X.jsonl]
 
 "loss" arms make the loss, its gradient by the student's logits, and the centre's new value from random logits
-[8·B, 65536] and [2·B, 65536]: "published" by a log-softmax a pair, "einsum" by one a view (`bench/baselines.py`),
+[8·B, K] and [2·B, K]: "published" by a log-softmax a pair, "einsum" by one a view (`bench/baselines.py`),
 "torch" by `dino_fast.loss`, "triton" by `dino_fast.kernels`. "update" arms clip random gradients of the network, step
 SGD and average the teacher. "copy" arms move as many bytes within the device's memory as an ideal kernel would: student
 logits read twice and written once, teacher logits read twice, in the logits' type; 32 bytes a parameter. Figures of a
@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from bench.baselines import Published, Stock
 from bench.roofline import finished
 from bench.step import choose_device, steady
-from bench.timing import interleaved, records, report
+from bench.timing import attempt, interleaved, keep_records, records, report
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
+from dino_fast.head import HeadRecipe
 from dino_fast.loss import CenterUpdate
 from dino_fast.step import TrainStep, build_student_teacher
 from dino_fast.train import build_step
@@ -157,6 +158,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, default=128 if gpu else 8)
     parser.add_argument("--backbone", default="resnet50")
+    parser.add_argument("--prototypes", type=int, default=65536, help="K")
     parser.add_argument("--iterations", type=int, default=20 if gpu else 2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", nargs="+", metavar="ARM", help="the arms to run; all by default")
@@ -164,13 +166,15 @@ def main() -> None:
     options = parser.parse_args()
     device = choose_device()
     settings: dict[str, Any] = {"backbone": options.backbone, "batch_size": options.batch}
-    recipe = Recipe(crops=CropRecipe(locals=VIEWS - 2), **settings)
-    works = update_arms(recipe, device)
+    recipe = Recipe(crops=CropRecipe(locals=VIEWS - 2), head=HeadRecipe(out_dim=options.prototypes), **settings)
+    works = attempt("update", partial(update_arms, recipe, device)) or {}
     for dtype in (torch.float32, torch.float16) if gpu else (torch.float32,):
-        works |= loss_arms(recipe, device, dtype)
+        works |= attempt(f"loss, {dtype}", partial(loss_arms, recipe, device, dtype)) or {}
     chosen = {name: work for name, work in works.items() if options.only is None or name in options.only}
     rounds = interleaved(
-        {name: partial(one_round, work, options.iterations, device) for name, work in chosen.items()}, options.rounds
+        {name: partial(one_round, work, options.iterations, device) for name, work in chosen.items()},
+        options.rounds,
+        partial(keep_records, "kernels", UNITS, options.json),
     )
     add_shares(rounds)
     print(f"batches of {options.batch}, K = {recipe.head.out_dim}, {options.backbone} on {device}")

@@ -1,10 +1,12 @@
 """How fast the loader makes batches, without a step that takes them, beside other people's loaders.
 
-    python -m bench.loader SHARDS [--cores 2] [--batch 64] [--seconds 20] [--rounds 3] [--json bench/results/X.jsonl]
+    python -m bench.loader SHARDS [--cores 2] [--batch 64] [--seconds 20] [--rounds 3] [--only ARM ...]
+                           [--json bench/results/X.jsonl]
 
 Every arm makes 2×224 + 6×96 crops of the same pictures on the same cores, with the published colours and without any
 ("crops alone"). A round of an arm is a process of its own that can use no other cores; arms on the CPU leave their
-batches there. The figures of a round:
+batches there. An arm whose process fails is left out, and the end of what it said goes to stderr. `--arm ARM` measures
+one round of one arm in this process. The figures of a round:
 
 - images: pictures a second, counted after 2 batches a core, so that workers no longer march in step;
 - images a core: the same over the cores;
@@ -35,7 +37,7 @@ import torch
 from torch import Tensor
 
 from bench.peers import Levels, Peer, Views, available, installed, left_out, pillow_crop, unpack
-from bench.timing import interleaved, records, report
+from bench.timing import interleaved, keep_records, records, report
 from pipelines.crops import CropRecipe, windows
 from pipelines.loader import DataRecipe, Loader
 from pipelines.order import Order
@@ -51,6 +53,7 @@ ALONE = ", crops alone"
 UNITS = {"images": "img/s", "images a core": "img/s", "first batch": "s", "memory": "MB", "parity": "levels"}
 PARITY_PICTURES = 32
 MEMORY_BATCHES = 4
+LAST_LINES = 20  # of what a failed arm said
 
 Figures = dict[str, float]  # by the names of UNITS
 
@@ -222,7 +225,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pictures", type=Path, help="the shards' pictures as files in class folders")
     parser.add_argument("--only", nargs="+", metavar="ARM", help="the arms to run; all by default")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--arm", help="run one round of this arm here, and print its figures as JSON")
+    parser.add_argument(
+        "--arm", help="run one round of this arm here, and print its figures as JSON; --json keeps them"
+    )
     return parser.parse_args()
 
 
@@ -231,11 +236,21 @@ def main() -> None:
     keep_to(options.cores)
     with ShardIndex(options.shards) as index, folder_of(index, options.pictures) as folder:
         if options.arm:
-            setting = Setting(index, Path(folder), options.batch, options.cores)
-            colours = NO_COLOURS if options.arm.endswith(ALONE) else PhotometricRecipe()
-            print(json.dumps(measure(arms()[options.arm.removesuffix(ALONE)], setting, colours, options.seconds)))
+            figures = one_here(options, Setting(index, Path(folder), options.batch, options.cores))
+            if options.json is not None:
+                report(records("loader", UNITS, {options.arm: [figures]}), options.json)
+            print(json.dumps(figures))
         else:
             compare(options, folder)
+
+
+def one_here(options: argparse.Namespace, setting: Setting) -> Figures:
+    """The figures of one round of --arm. Raises SystemExit where there is no such arm on this machine."""
+    name, found = options.arm.removesuffix(ALONE), arms()
+    if name not in found:
+        raise SystemExit(f"--arm {name}: not on this machine, which has: {'; '.join(found)}")
+    colours = NO_COLOURS if options.arm.endswith(ALONE) else PhotometricRecipe()
+    return measure(found[name], setting, colours, options.seconds)
 
 
 def keep_to(cores: int) -> None:
@@ -260,17 +275,26 @@ def compare(options: argparse.Namespace, folder: str) -> None:
     for line in left_out():
         print(line)
     names = options.only or [name + ending for name in arms() for ending in ("", ALONE)]
-    rounds = interleaved({name: partial(one_round, name, options, folder) for name in names}, options.rounds)
+    rounds = interleaved(
+        {name: partial(one_round, name, options, folder) for name in names},
+        options.rounds,
+        partial(keep_records, "loader", UNITS, options.json),
+    )
     print(f"{options.shards}: 2×224 + 6×96, batches of {options.batch}, {options.cores} cores")
     report(records("loader", UNITS, rounds), options.json)
 
 
 def one_round(name: str, options: argparse.Namespace, folder: str) -> Figures:
-    """The figures of an arm from a process of its own."""
+    """The figures of an arm from a process of its own. Raises RuntimeError with the end of its stderr if it fails."""
     call = [sys.executable, "-m", "bench.loader", str(options.shards.resolve()), "--arm", name, "--pictures", folder]
     call += ["--cores", str(options.cores), "--batch", str(options.batch), "--seconds", str(options.seconds)]
-    printed = subprocess.run(call, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True).stdout
-    figures: Figures = json.loads(printed.splitlines()[-1])
+    done = subprocess.run(call, check=False, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-LAST_LINES:]
+        said = "\n".join([*last[-1:], *last])  # its last line first: that one names the error
+        raise RuntimeError(f"status {done.returncode}: {said}")
+    sys.stderr.write(done.stderr)
+    figures: Figures = json.loads(done.stdout.splitlines()[-1])
     return figures
 
 

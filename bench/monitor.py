@@ -32,7 +32,7 @@ import torch
 
 from bench.roofline import finished
 from bench.step import KINDS, add_arguments, build_arm, choose_device, loader_views, one_round, recipe_of, steady
-from bench.timing import interleaved, record, records, report
+from bench.timing import interleaved, keep_records, record, records, report
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.flops import flops_an_image
@@ -140,7 +140,8 @@ def main() -> None:
         name: partial(one_arm, watched, terminal, ms / 1e3, options.log_every)
         for name, terminal in {"on a terminal": True, "without a terminal": False}.items()
     }
-    rows = records("monitor", UNITS, interleaved(arms, options.rounds))
+    keep = partial(keep_records, "monitor", UNITS, options.json)
+    rows = records("monitor", UNITS, interleaved(arms, options.rounds, keep))
     report([record("monitor", "given" if options.step_ms else "ours", "step", "ms", [ms]), *rows], options.json)
 
 

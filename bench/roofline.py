@@ -33,7 +33,7 @@ from typing import NamedTuple
 
 import torch
 
-from bench.timing import interleaved, records, report
+from bench.timing import interleaved, keep_records, records, report
 from dino_fast.config import Recipe
 from dino_fast.flops import flops_an_image, head_flops, step_convolutions
 from dino_fast.train import DTYPES
@@ -150,7 +150,8 @@ def main() -> None:
     options = parser.parse_args()
     recipe = Recipe(precision=options.precision, crops=CropRecipe(locals=6))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rounds = interleaved({"probes": partial(probes, device, DTYPES[recipe.precision])}, options.rounds)
+    keep = partial(keep_records, "roofline", UNITS, options.json)
+    rounds = interleaved({"probes": partial(probes, device, DTYPES[recipe.precision])}, options.rounds, keep)
     print(
         f"{BACKBONE}, 2×224 + 6×96, {options.precision} on {device}: {flops_an_image(recipe) / 1e9:.1f} GFLOP an image"
     )

@@ -1,12 +1,14 @@
 """The training step alone, on random crops in the device's memory: ours beside the published one and stock PyTorch.
 
     python -m bench.step [--batch 8] [--precision P] [--backbone resnet50] [--rounds 5] [--steps 1] [--only ARM ...]
-                         [--profile] [--json bench/results/X.jsonl]
+                         [--profile] [--json bench/results/X.jsonl] [--kernels bench/results/X-kernels.jsonl]
 
 The arms, which take the same recipe (ResNet-50, K = 65536, 2×224 + 6×96 unless asked otherwise) and the same
 pictures: `bench/baselines.py`'s "published", in float16 on a GPU and float32 on a CPU whatever --precision says, and
-"stock", in bfloat16 unless it says fp32; then ours, of which "aside" has the teacher on a stream of its own. What
-cannot run here is left out with a line that says why. Figures of a round, over --steps steps:
+"stock", in bfloat16 unless it says fp32; then ours, of which "fused" has batch norm and what follows it in our own
+kernels, and "aside" has the teacher on a stream of its own. What cannot run here, or fails, is left out with a line
+that says why. Each arm runs a round when it is built; that one counts only where nothing else was measured. Figures of
+a round, over --steps steps:
 
 - images: a second;
 - step: ms; on a GPU between two events;
@@ -19,24 +21,29 @@ cannot run here is left out with a line that says why. Figures of a round, over 
 
 And from one more step under torch's profiler: launches, the kernels of a step (GPU only); with --profile, ms in each
 class of kernels, on a CPU of operators without those that they call. Classes go by names: a compiled kernel that does
-batch norm and more is batch norm, a loop over parameters is pointwise where it multiplies and adds.
+batch norm and more is batch norm, a loop over parameters is pointwise where it multiplies and adds. With --kernels each
+kernel of each arm is a line of JSON: arm, kernel (the start of its name), class, launches a step, ms a step. The most
+expensive ones are printed.
 """
 
 import argparse
 import re
 import time
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bench import roofline
 from bench.baselines import Published, Stock
-from bench.timing import interleaved, records, report
+from bench.timing import attempt, interleaved, json_lines, keep_records, records, report
 from dino_fast import kernels
 from dino_fast.backbones import BACKBONES
 from dino_fast.compiled import compile_backbones, why_not
@@ -50,7 +57,10 @@ from dino_fast.step import Precision, build_student_teacher
 from dino_fast.train import DTYPES, build_step, set_up_math
 from pipelines.crops import CropRecipe
 
-WARM_UP = 10  # steps on a GPU before anything is timed: kernels are chosen and compiled, graphs recorded
+WARM_UP = 6  # steps on a GPU before anything is timed: kernels are chosen and compiled, graphs recorded
+GRAPHS = 64  # compiled graphs of one function: arms have three each, and torch runs what exceeds its limit of 8 eagerly
+NAME = 200  # characters of a kernel's name that are kept
+SHOWN = 10  # kernels of an arm that are printed
 PROBES = "probes"
 CLASSES = ("conv", "batch norm", "pointwise", "matmul", "loss", "update", "copy", "other")
 UNITS = (
@@ -102,10 +112,16 @@ def stock(recipe: Recipe, device: torch.device, compiled: bool = False) -> Step:
 
 
 def ours(
-    recipe: Recipe, device: torch.device, compiled: bool = False, graphed: bool = False, aside: bool = False
+    recipe: Recipe,
+    device: torch.device,
+    compiled: bool = False,
+    fused: bool = False,
+    graphed: bool = False,
+    aside: bool = False,
 ) -> Step:
-    """As train.py builds it; aside: with the teacher on a stream of its own."""
-    step = build_step(recipe, Ranks(0, 1, device), teacher_aside=aside)
+    """As train.py builds it; fused: with batch norm in our own kernels, aside: with the teacher on a stream of its
+    own."""
+    step = build_step(recipe, Ranks(0, 1, device), fused_norms=fused, teacher_aside=aside)
     if compiled:
         compile_backbones(step)
     return partial(GraphedStep(step) if graphed else step, hyper=steady(recipe))
@@ -153,27 +169,42 @@ def graphs(device: torch.device) -> str | None:
     return compiler(device) if device.type == "cuda" else "CUDA graphs need a GPU"
 
 
+def kernels_run(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "our kernels need a GPU"
+
+
 KINDS = {
     "published": Kind(published, plain_views),
     "stock": Kind(stock, stock_views),
     "stock-compiled": Kind(partial(stock, compiled=True), stock_views, compiler),
     "ours": Kind(ours, loader_views),
     "ours-compiled": Kind(partial(ours, compiled=True), loader_views, compiler),
+    "ours-fused": Kind(partial(ours, fused=True), loader_views, kernels_run),
+    "ours-fused-graphed": Kind(partial(ours, fused=True, graphed=True), loader_views, kernels_run),
     "ours-aside": Kind(partial(ours, compiled=True, aside=True), loader_views, streams),
     "ours-graphed": Kind(partial(ours, compiled=True, graphed=True), loader_views, graphs),
     "ours-graphed-aside": Kind(partial(ours, compiled=True, graphed=True, aside=True), loader_views, graphs),
 }
 
 
-def build_arms(names: list[str], recipe: Recipe, device: torch.device) -> dict[str, Arm]:
-    """Those that can run here, warm. Says why others cannot."""
-    arms = {}
+def build_arms(
+    names: list[str], recipe: Recipe, device: torch.device, steps: int
+) -> Iterator[tuple[str, Arm, Figures]]:
+    """Name, arm and figures of a first round of those that can run here, warm. Says why others cannot."""
     for name in names:
         if lacking := KINDS[name].lacks(device):
             print(f"left out, {name}: {lacking}")
-        else:
-            arms[name] = build_arm(KINDS[name], recipe, device)
-    return arms
+            continue
+        start = time.perf_counter()
+        if (built := attempt(name, partial(build_and_run, KINDS[name], recipe, device, steps))) is not None:
+            print(f"{name}: ready after {time.perf_counter() - start:.1f} s", flush=True)
+            yield name, *built
+
+
+def build_and_run(kind: Kind, recipe: Recipe, device: torch.device, steps: int) -> tuple[Arm, Figures]:
+    """An arm, and the figures of its first round."""
+    arm = build_arm(kind, recipe, device)
+    return arm, one_round(arm, recipe, device, steps)
 
 
 def build_arm(kind: Kind, recipe: Recipe, device: torch.device) -> Arm:
@@ -235,7 +266,9 @@ def host_time(arm: Arm) -> float:
 
 
 def add_shares(rounds: dict[str, list[Figures]], recipe: Recipe) -> None:
-    """Each arm's round against the probes of the same round, and the rooflines by these."""
+    """Each arm's round against the probes of the same round, and the rooflines by these. Nothing without probes."""
+    if PROBES not in rounds:
+        return
     fused = roofline.moved(recipe)["pointwise-fused"]
     for number, probed in enumerate(rounds[PROBES]):
         bounds = roofline.lines(probed, recipe)
@@ -249,16 +282,16 @@ def add_shares(rounds: dict[str, list[Figures]], recipe: Recipe) -> None:
 # Kernels and their classes
 
 # The first match wins. The names are those of cuDNN, cuBLAS, CUTLASS, ATen and Inductor on a GPU, of ATen's operators
-# on a CPU.
+# on a CPU. Inductor's say what a kernel fuses: triton_red_fused__native_batch_norm_legit_functional_3.
 RULES = [
+    ("batch norm", r"batch_?norm|bn_[fb]w|bn_stats"),
+    ("pointwise", r"triton_(poi|red|per|for)"),
     ("update", r"multi_tensor|foreach|fused_sgd|optimizer|NormTwoOps|vector_norm"),
     ("loss", r"softmax"),
-    ("batch norm", r"batch_?norm|\bbn_[fb]w|bn_stats"),
-    ("pointwise", r"triton_(poi|red|per)"),
-    ("copy", r"mem(cpy|set)|copy|nchwto|nhwcto|transpose|cat\b|catarray|fill|zero_"),
+    ("copy", r"mem(cpy|set)|copy|nchwto|nhwcto|padding|transpose|cat\b|catarray|fill|zero_"),
     ("conv", r"conv(?!ert)|fprop|dgrad|wgrad|winograd|cudnn"),
     ("matmul", r"gemm|gemv|nvjet|cutlass|cublas|splitk|::(add)?mm\b|::bmm|::linear"),
-    ("pointwise", r"elementwise|relu|gelu|threshold|::(add|sub|mul|div|exp|neg|clamp_min)_?\b"),
+    ("pointwise", r"elementwise|relu|gelu|threshold|max_?pool|::(add|sub|mul|div|exp|neg|clamp_min)_?\b"),
 ]
 
 
@@ -272,12 +305,18 @@ def kernel_class(name: str) -> str:
 @cache
 def our_kernels() -> dict[str, str]:
     """The classes of our own kernels by the names of their functions, which launches go by."""
-    files = {"dino_loss": "loss", "update": "update"}
+    files = {"dino_loss": "loss", "update": "update", "batch_norm": "batch norm"}
     return {
         name: files.get(file.stem, "other")
-        for file in Path(kernels.__file__).parent.glob("*.py")
-        for name in re.findall(r"^@triton\.jit.*\ndef (\w+)", file.read_text(), re.MULTILINE)
+        for file in sorted(Path(kernels.__file__).parent.glob("*.py"))
+        for name in launched(file.read_text())
     }
+
+
+def launched(source: str) -> list[str]:
+    """The kernels that a module launches, by name: those with a grid. Others are called by them."""
+    names = re.findall(r"^@triton\.jit.*\ndef (\w+)", source, re.MULTILINE)
+    return [name for name in names if re.search(rf"\b{name}\[", source)]
 
 
 def events(arm: Arm, device: torch.device) -> list[tuple[str, float]]:
@@ -295,11 +334,10 @@ def events(arm: Arm, device: torch.device) -> list[tuple[str, float]]:
     return [(event.name, event.time_range.elapsed_us() / 1e3) for event in on_gpu if not event.is_user_annotation]
 
 
-def extra_step(arm: Arm, device: torch.device, by_class: bool) -> Figures:
-    """The figures that take the profiler."""
-    found, figures = events(arm, device), {}
-    if device.type == "cuda":
-        figures["launches"] = float(sum(not re.match("mem(cpy|set)", name, re.IGNORECASE) for name, _ in found))
+def profiled(found: list[tuple[str, float]], device: torch.device, by_class: bool) -> Figures:
+    """The figures that take the profiler, from (name, ms)."""
+    launches = float(sum(not re.match("mem(cpy|set)", name, re.IGNORECASE) for name, _ in found))
+    figures = {"launches": launches} if device.type == "cuda" else {}
     return figures | (class_times(found) if by_class else {})
 
 
@@ -309,6 +347,28 @@ def class_times(found: list[tuple[str, float]]) -> Figures:
     for name, ms in found:
         times[f"in {kernel_class(name)}"] += ms
     return times
+
+
+def kernel_rows(arm: str, found: list[tuple[str, float]]) -> list[dict[str, Any]]:
+    """A row of each kernel of a step from (name, ms), the most expensive first. ms: of all its launches together."""
+    times: defaultdict[str, list[float]] = defaultdict(list)
+    for name, ms in found:
+        times[name].append(ms)
+    rows = [
+        {"arm": arm, "kernel": name[:NAME], "class": kernel_class(name), "launches": len(each), "ms": sum(each)}
+        for name, each in times.items()
+    ]
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+def show_kernels(arm: str, rows: list[dict[str, Any]]) -> None:
+    """Print the first SHOWN rows, and what the others are together."""
+    shown, rest = rows[:SHOWN], rows[SHOWN:]
+    print(f"{arm}: {len(rows)} kernels, {sum(row['ms'] for row in rows):.2f} ms a step")
+    for row in shown:
+        print(f"{row['ms']:9.3f} ms {row['launches']:5d} ×  {row['class']:10s} {row['kernel'][:100]}")
+    if rest:
+        print(f"{sum(row['ms'] for row in rest):9.3f} ms {sum(row['launches'] for row in rest):5d} ×  all others")
 
 
 # The run
@@ -366,24 +426,56 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--only", nargs="+", metavar="ARM", choices=KINDS, default=list(KINDS))
     parser.add_argument("--profile", action="store_true", help="ms in each class of kernels, from one more step")
+    parser.add_argument("--kernels", type=Path, help="append every kernel of each arm to this file, as JSON lines")
     options = parser.parse_args()
+    torch._dynamo.config.recompile_limit = GRAPHS
     recipe, device = recipe_of(options), choose_device(options.precision)
-    arms = build_arms(options.only, recipe, device)
-    timed = {name: partial(one_round, arm, recipe, device, options.steps) for name, arm in arms.items()}
-    bounded = recipe.backbone == roofline.BACKBONE
-    if bounded:
-        timed[PROBES] = partial(roofline.probes, device, DTYPES[recipe.precision])
-    else:
-        print(f"left out, rooflines: the traffic of {recipe.backbone} is not known")
-    rounds = interleaved(timed, options.rounds)
-    if bounded:
-        add_shares(rounds, recipe)
+    arms: dict[str, Arm] = {}
+    rounds = measure(options, recipe, device, arms)
+    if not rounds:
+        raise SystemExit("no arm was measured")
+    add_shares(rounds, recipe)
+    if PROBES in rounds:
         rounds |= roofline.as_arms(rounds[PROBES], recipe)
     print(described(recipe, device))
-    rows = records("step", UNITS, rounds)
-    if options.profile or device.type == "cuda":
-        rows += records("step", UNITS, {name: [extra_step(arm, device, options.profile)] for name, arm in arms.items()})
-    report(rows, options.json)
+    report(records("step", UNITS, rounds), options.json)
+    if options.profile or options.kernels or device.type == "cuda":
+        for name, arm in arms.items():
+            if name in rounds:
+                attempt(name, partial(profile_arm, name, arm, device, options))
+
+
+def measure(
+    options: argparse.Namespace, recipe: Recipe, device: torch.device, arms: dict[str, Arm]
+) -> dict[str, list[Figures]]:
+    """Build the arms into `arms`, and return the figures of all rounds. After a KeyboardInterrupt before the first
+    complete round these are the figures of the arms' first rounds."""
+    keep = partial(keep_records, "step", UNITS, options.json)
+    first: dict[str, list[Figures]] = {}
+    try:
+        for name, arm, figures in build_arms(options.only, recipe, device, options.steps):
+            arms[name], first[name] = arm, [figures]
+            keep(first)
+        timed = {name: partial(one_round, arm, recipe, device, options.steps) for name, arm in arms.items()}
+        if recipe.backbone == roofline.BACKBONE:
+            timed[PROBES] = partial(roofline.probes, device, DTYPES[recipe.precision])
+        else:
+            print(f"left out, rooflines: the traffic of {recipe.backbone} is not known")
+        return interleaved(timed, options.rounds, keep, uncounted=0) if arms else {}
+    except KeyboardInterrupt:
+        print(f"interrupted: of {', '.join(first) or 'no arm'} the first round alone")
+        return first
+
+
+def profile_arm(name: str, arm: Arm, device: torch.device, options: argparse.Namespace) -> None:
+    """Run one more step under the profiler, report its figures, and keep its kernels."""
+    found = events(arm, device)
+    report(records("step", UNITS, {name: [profiled(found, device, options.profile)]}), options.json)
+    rows = kernel_rows(name, found)
+    show_kernels(name, rows)
+    if options.kernels is not None:
+        with open(options.kernels, "a", encoding="utf-8") as out:
+            out.write(json_lines(rows))
 
 
 if __name__ == "__main__":

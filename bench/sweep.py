@@ -5,7 +5,8 @@
                           [--json bench/results/X.jsonl]
 
 The settings are those of `data` in a recipe; what is not given has one value, the default. Crops, colours and figures
-are those of `bench/loader.py`; memory is the main memory of a process that has run the combinations before, too.
+are those of `bench/loader.py`; memory is the main memory of a process that has run the combinations before, too. The
+first combination runs once more than the others, before anything is counted. One that fails is left out.
 """
 
 import argparse
@@ -18,10 +19,9 @@ from typing import Any
 import torch
 
 from bench.loader import UNITS, Arm, Figures, Setting, measure, our_batches
-from bench.timing import interleaved, records, report
+from bench.timing import attempt, interleaved, keep_records, records, report
 from pipelines.loader import DataRecipe, default_threads
 from pipelines.photometric import PhotometricRecipe
-from shards.errors import UserError
 from shards.index import ShardIndex
 
 SWEPT = ("decode", "decode_device", "threads", "prefetch", "hw_decoder_load")
@@ -64,10 +64,10 @@ def main() -> None:
         arms: dict[str, Callable[[], Figures]] = {}
         for name, data in combinations({name: getattr(options, name) for name in SWEPT}):
             arms[name] = partial(one_round, index, data, options.batch, options.seconds, device)
-        try:
-            rounds = interleaved(arms, options.rounds)
-        except UserError as error:
-            raise SystemExit(f"bench.sweep: {error}") from error
+        name, first = next(iter(arms.items()))
+        attempt(name, first)  # kernels are compiled, files come into memory
+        keep = partial(keep_records, "sweep", UNITS, options.json)
+        rounds = interleaved(arms, options.rounds, keep, uncounted=0)
     print(f"{options.shards}: 2×224 + 6×96, batches of {options.batch} on {device}")
     report(records("sweep", UNITS, fastest_first(rounds)), options.json)
 

@@ -1,5 +1,6 @@
 """What all benchmarks share: interleaved rounds, the machine, and JSON lines."""
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -8,7 +9,9 @@ import statistics
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,16 +22,52 @@ PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "spdl-core"
 Figure = TypeVar("Figure")
 
 
-def interleaved(arms: Mapping[str, Callable[[], Figure]], rounds: int) -> dict[str, list[Figure]]:
-    """Run every arm `rounds` times in turn, after one round that is not counted. An arm returns its own figure, or
-    several figures at once."""
-    figures: dict[str, list[Figure]] = {name: [] for name in arms}
-    for number in range(rounds + 1):
-        for name, arm in arms.items():
-            figure = arm()
-            if number:
-                figures[name].append(figure)
-    return figures
+def interleaved(
+    arms: Mapping[str, Callable[[], Figure]],
+    rounds: int,
+    keep: Callable[[dict[str, list[Figure]]], None] = lambda _: None,
+    uncounted: int = 1,
+) -> dict[str, list[Figure]]:
+    """Run every arm `rounds` times in turn, after `uncounted` rounds. An arm returns one figure, or several at once.
+
+    An arm that raises is left out, and the others go on; SystemExit where none is left. After each round `keep` gets
+    the figures so far; before the first counted round, those of the uncounted one. KeyboardInterrupt ends the rounds:
+    those that are complete are returned, and without one it is raised again.
+    """
+    going = dict(arms)
+    counted: dict[str, list[Figure]] = {name: [] for name in arms}
+    complete = 0
+    try:
+        for number in range(uncounted + rounds):
+            made = {name: figure for name, arm in going.items() if (figure := attempt(name, arm)) is not None}
+            if not made:
+                raise SystemExit("no arm is left")
+            going = {name: going[name] for name in made}
+            if number < uncounted:
+                keep({name: [figure] for name, figure in made.items()})
+                continue
+            for name, figure in made.items():
+                counted[name].append(figure)
+            complete += 1
+            keep({name: counted[name] for name in going})
+    except KeyboardInterrupt:
+        print(f"interrupted after {complete} of {rounds} rounds")
+        if not complete:
+            raise
+    return {name: counted[name] for name in going}
+
+
+def attempt(name: str, work: Callable[[], Figure]) -> Figure | None:
+    """Return what `work` returns. Where it raises, print one line with the reason, the traceback to stderr, and return
+    None."""
+    try:
+        return work()
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print(f"left out, {name}: {': '.join([type(error).__name__, *lines[:1]])}", flush=True)
+        traceback.print_exc()
+    gc.collect()  # what the failed arm held, the GPU's memory above all
+    return None
 
 
 def record(bench: str, arm: str, metric: str, unit: str, figures: list[float]) -> dict[str, Any]:
@@ -52,15 +91,38 @@ def records(bench: str, units: Mapping[str, str], rounds: Mapping[str, list[dict
     ]
 
 
+def keep_records(
+    bench: str, units: Mapping[str, str], file: Path | None, rounds: Mapping[str, list[dict[str, float]]]
+) -> None:
+    """Write the records of `rounds` to `file`.partial, in place of what it held. A process that is killed leaves them
+    there; `report` removes them."""
+    if file is None:
+        return
+    part = partial_of(file)
+    fresh = part.with_name(part.name + ".new")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    fresh.write_text(json_lines(records(bench, units, rounds)), encoding="utf-8")
+    fresh.replace(part)
+
+
+def partial_of(file: Path) -> Path:
+    return file.with_name(file.name + ".partial")
+
+
 def report(rows: list[dict[str, Any]], file: Path | None) -> None:
-    """Print one line a record, and append them to `file` as JSON lines."""
+    """Print one line a record, and append them to `file` as JSON lines. Removes `file`.partial."""
     for row in rows:
         median, low, high = (digits(row[name]) for name in ("median", "q25", "q75"))
         print(f"{row['arm']:40s} {row['metric']:16s} {median:>10s} {row['unit']}   ({low} to {high}, n = {row['n']})")
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(file, "a", encoding="utf-8") as out:
-            out.writelines(json.dumps(row) + "\n" for row in rows)
+            out.write(json_lines(rows))
+        partial_of(file).unlink(missing_ok=True)
+
+
+def json_lines(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def digits(figure: float) -> str:
@@ -93,6 +155,7 @@ def _lines(path: str) -> list[str]:
         return []
 
 
+@cache
 def versions() -> dict[str, str]:
     """Python's and the packages' versions, as far as they are installed."""
     found = {"python": platform.python_version()}
@@ -104,11 +167,13 @@ def versions() -> dict[str, str]:
     return found
 
 
+@cache
 def commit() -> str:
-    """The commit of this checkout, with a + if it was changed since; empty outside of one, or without git."""
+    """The commit of this checkout, with a + if it was changed since; without git, what COMMIT says, or nothing."""
     here = Path(__file__).resolve().parent
     ask = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
-        return subprocess.run(ask, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
+        described = subprocess.run(ask, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
-        return ""
+        described = ""
+    return described or os.environ.get("COMMIT", "")

@@ -1,16 +1,20 @@
 """The figures of the loader's benchmark: that they are there, and that they are what they are called."""
 
+import argparse
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from bench import loader
 from bench.loader import ALONE, NO_COLOURS, ROOT, UNITS, Arm, Setting, arms, measure, memory, parity
 from bench.peers import unpack
 from pipelines.photometric import PhotometricRecipe
@@ -86,6 +90,62 @@ def test_memory_counts_children_and_shared_pages_once():
     assert held[0] == 1
 
 
+@pytest.fixture
+def options(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """A call that measures for a tenth of a second."""
+    words = [str(setting.index.folder), "--cores", "1", "--batch", "4", "--seconds", "0.1", "--rounds", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench.loader", *words])
+    return loader.arguments()
+
+
+def fake_process(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    """Processes of arms end at once, those of one arm with an error."""
+
+    def run(call: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        if call[call.index("--arm") + 1] == failing:
+            said = "\n".join(["Traceback", *map(str, range(50)), "RuntimeError: no decoder"])
+            return subprocess.CompletedProcess(call, 1, stdout="", stderr=said)
+        return subprocess.CompletedProcess(call, 0, stdout='noted\n{"images": 3.0}\n', stderr="a warning\n")
+
+    monkeypatch.setattr("bench.loader.subprocess", SimpleNamespace(run=run))
+
+
+def test_an_arm_whose_process_fails_is_left_out_with_the_end_of_its_stderr(
+    options: argparse.Namespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    fake_process(monkeypatch, failing="bad")
+    options.only, options.json = ["bad", "good"], tmp_path / "out.jsonl"
+    loader.compare(options, "files")
+    printed = capsys.readouterr()
+    assert "left out, bad: RuntimeError: status 1: RuntimeError: no decoder" in printed.out.splitlines()
+    assert "\n49\n" in printed.err
+    assert "\n20\n" not in printed.err
+    assert printed.err.count("a warning\n") == 2
+    [row] = [json.loads(line) for line in options.json.read_text().splitlines()]
+    assert (row["arm"], row["median"]) == ("good", 3.0)
+
+
+def test_one_arm_is_measured_in_this_process(
+    options: argparse.Namespace, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):  # fmt: skip
+    options.arm, options.json, options.pictures = "torch" + ALONE, tmp_path / "out.jsonl", setting.pictures
+    monkeypatch.setattr("bench.loader.arguments", lambda: options)
+    monkeypatch.setattr("bench.loader.keep_to", lambda cores: None)
+    loader.main()
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures.keys() == set(UNITS)
+    rows = [json.loads(line) for line in options.json.read_text().splitlines()]
+    assert {row["metric"]: row["median"] for row in rows} == figures
+    assert {row["arm"] for row in rows} == {"torch" + ALONE}
+
+
+def test_an_arm_that_is_not_here_is_named_with_those_that_are(options: argparse.Namespace, setting: Setting):
+    options.arm = "thoughts"
+    with pytest.raises(SystemExit, match="--arm thoughts: not on this machine, which has: torch; "):
+        loader.one_here(options, setting)
+
+
 @pytest.mark.slow
 def test_the_command_measures_every_arm_in_a_process_of_its_own(setting: Setting, tmp_path: Path):
     names = ["torch", "torch" + ALONE, "published"]
@@ -100,4 +160,5 @@ def test_the_command_measures_every_arm_in_a_process_of_its_own(setting: Setting
         if metric != "parity" or name.endswith(ALONE)
     }
     assert all(row["bench"] == "loader" and row["machine"]["cores"] == 1 for row in rows)
-    assert len(done.stdout.splitlines()) == 1 + len(rows)
+    lines = [line for line in done.stdout.splitlines() if not line.startswith("left out")]
+    assert len(lines) == 1 + len(rows)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +23,7 @@ from bench import end_to_end, roofline, step
 from bench.baselines import Network
 from bench.end_to_end import ALONE, FED, PUBLISHED, WARM_UP, Setting
 from bench.step import CLASSES, KINDS, PROBES, Arm, kernel_class
+from dino_fast import kernels
 from dino_fast.config import Recipe
 from dino_fast.flops import flops_an_image, head_flops
 from dino_fast.head import HeadRecipe
@@ -129,6 +131,8 @@ def test_shares_are_of_the_same_rounds_probes():
     assert [figures["traffic"] for figures in rounds["ours"]] == pytest.approx([by_hand, by_hand])
     assert [figures["copy share"] for figures in rounds["ours"]] == pytest.approx([by_hand / 43, by_hand / 21.5])
     assert probed[0].keys() == {"bandwidth", "compute"}
+    step.add_shares(alone := {"ours": [{"images": 1.0}]}, RECIPE)
+    assert alone == {"ours": [{"images": 1.0}]}
 
 
 # Kernels
@@ -151,6 +155,9 @@ def test_shares_are_of_the_same_rounds_probes():
             "void at::native::batch_norm_collect_statistics_channels_last_kernel<Var, c10::BFloat16, float>",
             "triton_red_fused__native_batch_norm_legit_functional_relu_3",
             "triton_poi_fused_add_native_batch_norm_backward_threshold_backward_7",
+            "triton_per_fused__native_batch_norm_legit_functional_convolution_copy__12",
+            "triton_red_fused__to_copy_native_batch_norm_backward_4",
+            "cudnn_infer_nhwc_bn_fwd_train",
             "aten::native_batch_norm",
             "aten::native_batch_norm_backward",
         ],
@@ -159,6 +166,11 @@ def test_shares_are_of_the_same_rounds_probes():
             "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl<threshold_kernel_impl<float>>>",
             "void at::native::vectorized_elementwise_kernel<8, GeluCUDAKernelImpl>",
             "triton_poi_fused_convolution_relu_1",
+            "triton_poi_fused__to_copy_0",
+            "triton_poi_fused_max_pool2d_with_indices_3",
+            "triton_per_fused_linalg_vector_norm_2",
+            "triton_for_fused_1",
+            "void at::native::(anonymous namespace)::max_pool_forward_nhwc<c10::Half, int>",
             "aten::relu_",
             "aten::threshold_backward",
             "aten::add_",
@@ -193,6 +205,7 @@ def test_shares_are_of_the_same_rounds_probes():
             "Memset (Device)",
             "void at::native::unrolled_elementwise_kernel<at::native::direct_copy_kernel_cuda(TensorIteratorBase&)>",
             "void cudnn::ops::nchwToNhwcKernel<__half, __half, float, false, true>",
+            "void cudnn::engines_precompiled::nhwcAddPaddingKernel<__half, __half, float, true>",
             "void at::native::(anonymous namespace)::CatArrayBatchedCopy<OpaqueType<4u>, unsigned int, 4, 64, 64>",
             "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>>",
             "aten::copy_",
@@ -212,10 +225,30 @@ def test_classes_of_kernels(kind: str, names: list[str]):
 
 def test_our_kernels_have_the_class_of_their_file():
     found = step.our_kernels()
-    assert found
-    assert "loss" in found.values()
+    assert {"loss", "update"} <= set(found.values()) <= set(CLASSES)
     assert all(kernel_class(name) == kind for name, kind in found.items())
-    assert set(found.values()) <= set(CLASSES)
+
+
+def test_no_two_files_launch_kernels_of_one_name():
+    """A profile knows them by these alone."""
+    names = [name for file in Path(kernels.__file__).parent.glob("*.py") for name in step.launched(file.read_text())]
+    assert sorted(names) == sorted(set(names))
+
+
+def test_a_kernel_that_others_call_is_not_launched():
+    source = """
+@triton.jit
+def _sum(values):
+    return tl.sum(values)
+
+@triton.jit(do_not_specialize=["batch"])
+def _loss(logits, batch):
+    _sum(logits)
+
+def loss(logits):
+    _loss[(1,)](logits, len(logits))
+"""
+    assert step.launched(source) == ["_loss"]
 
 
 def test_times_are_summed_by_class():
@@ -226,11 +259,30 @@ def test_times_are_summed_by_class():
 def test_a_profile_on_a_processor_is_of_operators():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     arm = Arm(lambda globals_, locals_: network(globals_).sum().backward(), (torch.randn(4, 3, 32, 32), torch.empty(0)))
-    found = step.extra_step(arm, CPU, by_class=True)
+    seen = step.events(arm, CPU)
+    found = step.profiled(seen, CPU, by_class=True)
     assert found.keys() == {f"in {kind}" for kind in CLASSES}
     assert min(found["in conv"], found["in batch norm"], found["in pointwise"]) > 0
     assert found["in loss"] == found["in update"] == 0
-    assert not step.extra_step(arm, CPU, by_class=False)
+    assert not step.profiled(seen, CPU, by_class=False)
+
+
+def test_a_row_of_each_kernel_the_most_expensive_first():
+    found = [("aten::mm", 1.0), ("aten::relu", 4.0), ("aten::mm", 2.5), ("x" * 300, 0.5)]
+    assert step.kernel_rows("ours", found) == [
+        {"arm": "ours", "kernel": "aten::relu", "class": "pointwise", "launches": 1, "ms": 4.0},
+        {"arm": "ours", "kernel": "aten::mm", "class": "matmul", "launches": 2, "ms": 3.5},
+        {"arm": "ours", "kernel": "x" * 200, "class": "other", "launches": 1, "ms": 0.5},
+    ]
+
+
+def test_ten_kernels_are_shown_and_the_sum_of_the_others(capsys: pytest.CaptureFixture[str]):
+    rows = step.kernel_rows("ours", [(f"aten::mm_{number:02d}", float(number)) for number in range(1, 13)])
+    step.show_kernels("ours", rows)
+    head, *shown, rest = capsys.readouterr().out.splitlines()
+    assert head == "ours: 12 kernels, 78.00 ms a step"
+    assert [line.split()[-1] for line in shown] == [f"aten::mm_{number:02d}" for number in range(12, 2, -1)]
+    assert rest.split() == ["3.000", "ms", "2", "×", "all", "others"]
 
 
 # Rounds
@@ -263,9 +315,83 @@ def test_every_arm_sees_the_same_pictures():
 
 def test_an_arm_that_cannot_run_is_left_out_with_the_reason(capsys: pytest.CaptureFixture[str]):
     assert KINDS["ours-graphed"].lacks(CPU) is not None
-    assert step.build_arms(["ours-graphed"], RECIPE, CPU) == {}
-    [line] = capsys.readouterr().out.splitlines()
-    assert line == "left out, ours-graphed: CUDA graphs need a GPU"
+    assert not list(step.build_arms(["ours-graphed", "ours-fused"], RECIPE, CPU, steps=1))
+    assert capsys.readouterr().out.splitlines() == [
+        "left out, ours-graphed: CUDA graphs need a GPU",
+        "left out, ours-fused: our kernels need a GPU",
+    ]
+
+
+class FakeStep:
+    """A step that ends at once, or raises when it runs for the nth time."""
+
+    def __init__(self, raises: dict[int, BaseException]) -> None:
+        self._calls, self._raises = 0, raises
+
+    def __call__(self, globals_: torch.Tensor, locals_: torch.Tensor) -> None:
+        self._calls += 1
+        if self._calls in self._raises:
+            raise self._raises[self._calls]
+
+
+def step_command(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, arms: dict[str, dict[int, BaseException] | BaseException]
+) -> dict[str, Any]:
+    """Run the command in this process with such arms: what each raises in a step, or when it is built. Returns its
+    records as (arm, metric): row."""
+
+    def build(raises: dict[int, BaseException] | BaseException, *_: Any) -> FakeStep:
+        if isinstance(raises, BaseException):
+            raise raises
+        return FakeStep(raises)
+
+    kinds = {
+        name: step.Kind(partial(build, raises), lambda *_: (torch.empty(0), torch.empty(0)))
+        for name, raises in arms.items()
+    }
+    monkeypatch.setattr("bench.step.KINDS", kinds)
+    words = [*TINY, "--rounds", "3", "--json", str(folder / "out.jsonl"), "--kernels", str(folder / "kernels.jsonl")]
+    monkeypatch.setattr(sys, "argv", ["bench.step", *words])
+    monkeypatch.setattr("bench.step.events", lambda *_: [("aten::mm", 2.0)])
+    step.main()
+    rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
+    return {(row["arm"], row["metric"]): row for row in rows}
+
+
+def test_an_arm_that_fails_costs_only_itself(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    memory, broken = RuntimeError("out of memory"), RuntimeError("broken")
+    found = step_command(monkeypatch, tmp_path, {"unbuilt": memory, "broken": {2: broken}, "good": {}})
+    assert {arm for arm, _ in found} == {"good"}
+    assert found["good", "step"]["n"] == 3
+    printed = capsys.readouterr().out.splitlines()
+    assert "left out, unbuilt: RuntimeError: out of memory" in printed
+    assert "left out, broken: RuntimeError: broken" in printed
+    kernel_rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
+    assert [(row["arm"], row["kernel"], row["ms"]) for row in kernel_rows] == [("good", "aten::mm", 2.0)]
+
+
+@pytest.mark.parametrize(("call", "rounds"), [(2, 1), (3, 1), (4, 2)])
+def test_sigint_leaves_what_was_measured(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: int, rounds: int, capsys: pytest.CaptureFixture[str]
+):
+    """The first call is the round after building, and counts where no round is complete."""
+    found = step_command(monkeypatch, tmp_path, {"first": {}, "second": {call: KeyboardInterrupt()}})
+    assert {arm for arm, _ in found} == {"first", "second"}
+    assert found["first", "step"]["n"] == found["second", "step"]["n"] == rounds
+    assert ("the first round alone" in capsys.readouterr().out) == (call == 2)
+
+
+def test_sigint_while_an_arm_is_built_leaves_those_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    found = step_command(monkeypatch, tmp_path, {"first": {}, "slow": KeyboardInterrupt(), "never": {}})
+    assert {arm for arm, _ in found} == {"first"}
+    assert found["first", "step"]["n"] == 1
+
+
+def test_without_an_arm_the_command_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    with pytest.raises(SystemExit, match="no arm was measured"):
+        step_command(monkeypatch, tmp_path, {"unbuilt": ValueError()})
 
 
 class FakeLoader:
@@ -304,6 +430,7 @@ def test_a_round_of_loader_and_step_counts_after_its_warm_up(monkeypatch: pytest
 
 def test_the_ratio_is_of_the_same_round():
     rounds = {ALONE: [{"images": 10.0}, {"images": 20.0}], FED: [{"images": 9.0}, {"images": 10.0}]}
+    end_to_end.add_ratio({ALONE: [{"images": 10.0}]})  # without the other nothing
     end_to_end.add_ratio(rounds)
     assert [figures["of the step alone"] for figures in rounds[FED]] == [90, 50]
     assert all(figures.keys() == {"images"} for figures in rounds[ALONE])
@@ -334,7 +461,9 @@ def assert_records(rows: list[dict[str, Any]], bench: str) -> None:
 @pytest.mark.slow
 def test_the_command_measures_the_step(tmp_path: Path):
     names = ["published", "stock", "ours"]
-    rows, printed = run("bench.step", [*TINY, "--profile", "--only", *names, "ours-graphed"], tmp_path)
+    table = tmp_path / "kernels.jsonl"
+    words = [*TINY, "--profile", "--kernels", str(table), "--only", *names, "ours-graphed"]
+    rows, printed = run("bench.step", words, tmp_path)
     assert_records(rows, "step")
     figures = {(row["arm"], row["metric"]): row["median"] for row in rows}
     metrics = {"images", "step", "compute", *(f"in {kind}" for kind in CLASSES)}
@@ -343,6 +472,9 @@ def test_the_command_measures_the_step(tmp_path: Path):
         assert figures[name, "images"] == pytest.approx(2000 / figures[name, "step"])
         assert figures[name, "in conv"] > 0
         assert figures[name, "in loss"] > 0
+        of_arm = [row for row in map(json.loads, table.read_text().splitlines()) if row["arm"] == name]
+        assert sum(row["ms"] for row in of_arm) == pytest.approx(sum(figures[name, f"in {kind}"] for kind in CLASSES))
+        assert any(line.startswith(f"{name}: {len(of_arm)} kernels") for line in printed)
     assert sum(line.startswith("left out") for line in printed) == 2  # ours-graphed and the rooflines
     assert any("resnet18, 2×32 + 2×24, K = 64, batches of 2, bf16" in line for line in printed)
 
