@@ -88,7 +88,8 @@ class Recipe:
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """network that is trained, from torchvision"""
     compile: Literal["auto", "always", "never"] = "auto"
-    """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on a GPU"""
+    """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on a GPU, unless their
+    batch norms are our own kernels, as a ResNet's are"""
     graph: Literal["auto", "always", "never"] = "auto"
     """whether the step is recorded as a CUDA graph and replayed, which takes one GPU; auto: there, with batches (or
     their parts) of at most 32 images, whose launches should take longer than their computing. Not measured yet"""

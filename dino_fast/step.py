@@ -82,13 +82,15 @@ class TrainStep:
         *,
         accumulate: int = 1,
         kernels: bool = False,
+        fused_norms: bool = False,
         teacher_aside: bool = False,
     ) -> None:
         """student and teacher: on their device, from `build_student_teacher`; optimizer: from `build_optimizer`.
 
         "fp32" runs in the networks' own type; "bf16" and "fp16" autocast on their device, "fp16" with loss scaling.
         `accumulate` parts of a batch go through the networks one after another: batch norms see a part, loss, centre
-        and gradients are those of the batch. `kernels`: loss and update by Triton instead of torch's own operations.
+        and gradients are those of the batch. `kernels`: loss and update by Triton instead of torch's own operations;
+        `fused_norms`: batch norm, ReLU, addition and the stem's pooling, too, where a backbone is a ResNet.
         `teacher_aside`: on a GPU the teacher's forward pass has a stream of its own, beside the student's.
         """
         self.student, self.teacher, self.optimizer = student, teacher, optimizer
@@ -100,6 +102,7 @@ class TrainStep:
         self.clock = PartClock(self.center.device)
         self._side = torch.cuda.Stream(self.center.device) if teacher_aside else None
         frozen = self.bare_student.head.last_layer.parameters()
+        self.fused_norms = fused_norms and self._fuse_norms()
         ends = optimizer, self.bare_student, teacher, clip_grad, frozen
         self.objective: Callable[..., Objective]
         self.update: Update
@@ -109,6 +112,12 @@ class TrainStep:
             self.objective, self.update = fused_dino_loss, KernelUpdate(*ends, self._keep_half_weights())
         else:
             self.objective, self.update = objective, TorchUpdate(*ends)
+
+    def _fuse_norms(self) -> bool:
+        """Whether there were backbones to do it in."""
+        from dino_fast.fused_resnet import fuse_norms
+
+        return fuse_norms(self.bare_student) and fuse_norms(self.teacher)
 
     @property
     def bare_student(self) -> MultiCropModel:

@@ -205,10 +205,18 @@ def claimed(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
                 output.rmdir()
 
 
-def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None, teacher_aside: bool = False) -> TrainStep:
+def build_step(
+    recipe: Recipe,
+    ranks: Ranks,
+    *,
+    kernels: bool | None = None,
+    fused_norms: bool | None = None,
+    teacher_aside: bool = False,
+) -> TrainStep:
     """Student, teacher and optimizer on this rank's device; the first weights depend on the seed alone.
 
-    `kernels` and `teacher_aside` are those of `TrainStep`; kernels None: on a GPU, where Triton is installed.
+    `kernels`, `fused_norms` and `teacher_aside` are those of `TrainStep`; kernels None: on a GPU, where Triton is
+    installed; fused_norms None: with kernels, unless the recipe says that the backbones are compiled.
 
     Raises UserError for a batch that does not divide into ranks and parts.
     """
@@ -224,15 +232,18 @@ def build_step(recipe: Recipe, ranks: Ranks, *, kernels: bool | None = None, tea
     optimizer = build_optimizer(recipe.optim, student)
     if kernels is None:
         kernels = ranks.device.type == "cuda" and find_spec("triton") is not None
+    if fused_norms is None:
+        fused_norms = kernels and recipe.compile != "always"
     return TrainStep(
         parallel(student, ranks), teacher, optimizer, recipe.loss, recipe.optim.clip_grad, recipe.precision,
-        accumulate=recipe.accumulate, kernels=kernels, teacher_aside=teacher_aside,
+        accumulate=recipe.accumulate, kernels=kernels, fused_norms=fused_norms, teacher_aside=teacher_aside,
     )  # fmt: skip
 
 
 def compile_step(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:
     """Have the backbones compiled if the recipe says so and it is possible; what to tell."""
-    if recipe.compile == "never" or (recipe.compile == "auto" and ranks.device.type == "cpu"):
+    needless = step.fused_norms or ranks.device.type == "cpu"
+    if recipe.compile == "never" or (recipe.compile == "auto" and needless):
         return []
     if problem := why_not(ranks.device):
         return [f"not compiled, which costs speed: {problem}"]

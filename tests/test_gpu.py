@@ -29,6 +29,14 @@ from shards.index import ShardIndex
 
 pytestmark = pytest.mark.gpu
 
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """torch compiles a function eight times at most, for all tests of a process together, and then runs it eagerly."""
+    yield
+    torch._dynamo.reset()
+
+
 CROPS = CropRecipe(global_size=96, local_size=48, locals=2)
 DEBUG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
 LEVEL = 1 / (255 * max(STD))  # one 8-bit level in a normalised batch, at the least
@@ -250,10 +258,10 @@ def step_hyper(number: int) -> Hyper:
     return Hyper(0.02 / (1 + number), 1e-4, 0.99, 0.04 + 0.01 * number, freeze_last_layer=number == 1)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+@pytest.mark.parametrize(("name", "fused"), [("sgd", False), ("sgd", True), ("adamw", True), ("lars", True)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_a_step_with_kernels_is_one_with_torchs_operations(precision: Precision, name: str):
-    ours, reference = train_step(precision, name, kernels=True), train_step(precision, name)
+def test_a_step_with_kernels_is_one_with_torchs_operations(precision: Precision, name: str, fused: bool):
+    ours, reference = train_step(precision, name, kernels=True, fused_norms=fused), train_step(precision, name)
     for number in range(4):
         batch, hyper = step_batch(number, precision), step_hyper(number)
         mine, theirs = ours(*batch, hyper), reference(*batch, hyper)
@@ -267,11 +275,11 @@ def test_a_step_with_kernels_is_one_with_torchs_operations(precision: Precision,
 
 
 @pytest.mark.usefixtures("tf32")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("norms", ["torchs", "compiled", "fused"])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_step_does_not_wait_for_the_gpu(precision: Precision, compiled: bool):
-    step = train_step(precision, kernels=True)
-    if compiled:
+def test_a_step_does_not_wait_for_the_gpu(precision: Precision, norms: str):
+    step = train_step(precision, kernels=True, fused_norms=norms == "fused")
+    if norms == "compiled":
         compile_backbones(step)
     batch = step_batch(0, precision)
     for number in range(3):
@@ -286,11 +294,11 @@ def test_a_step_does_not_wait_for_the_gpu(precision: Precision, compiled: bool):
     assert out.loss.isfinite()
 
 
-@pytest.mark.parametrize("aside", [False, True])
+@pytest.mark.parametrize(("fused", "aside"), [(False, False), (False, True), (True, False), (True, True)])
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_recorded_step_is_the_step(precision: Precision, aside: bool):
-    plain = train_step(precision, kernels=True)
-    graphed = GraphedStep(train_step(precision, kernels=True, teacher_aside=aside))
+def test_a_recorded_step_is_the_step(precision: Precision, fused: bool, aside: bool):
+    plain = train_step(precision, kernels=True, fused_norms=fused)
+    graphed = GraphedStep(train_step(precision, kernels=True, fused_norms=fused, teacher_aside=aside))
     for number in range(WARM_UP + 4):
         batch, hyper = step_batch(number, precision), step_hyper(number)
         mine, theirs = graphed(*batch, hyper), plain(*batch, hyper)
@@ -324,6 +332,39 @@ def test_recorded_and_compiled_runs_from_shards_learn_the_same(shards: Path, tmp
     common = ("--device", "cuda", "--precision", "fp16", "--max_steps", "10", "--epochs", "8")
     plain = run(shards, tmp_path / "plain", *common, "--compile", "never", "--graph", "never")
     assert run(shards, tmp_path / "other", *common, *options) == pytest.approx(plain, rel=0.05, nan_ok=True)
+
+
+@pytest.mark.parametrize("shape", [(256, 64, 112, 112), (256, 256, 56, 56), (512, 2048, 7, 7), (768, 512, 3, 3)])
+def test_fused_norms_are_torchs_at_full_size(shape: tuple[int, ...]):
+    from dino_fast.kernels.batch_norm import norm_add_relu
+
+    torch.manual_seed(0)
+    x, residual, grad = (torch.randn(shape, device="cuda", dtype=torch.float16) * 2 + 1 for _ in range(3))
+    x, residual, grad = (made.contiguous(memory_format=torch.channels_last) for made in (x, residual, grad))
+    ours, theirs = torch.nn.BatchNorm2d(shape[1]).cuda(), torch.nn.BatchNorm2d(shape[1]).cuda()
+    mine, wide = x.clone().requires_grad_(), x.float().requires_grad_()
+    one, _ = norm_add_relu(mine, ours, residual)
+    other = torch.relu(theirs(wide) + residual.float())
+    one.backward(grad)
+    other.backward(grad.float())
+    pairs = [(one, other), (mine.grad, wide.grad), (ours.weight.grad, theirs.weight.grad)]
+    pairs += [(ours.bias.grad, theirs.bias.grad), (ours.running_var, theirs.running_var)]
+    for found, expected in pairs:
+        assert (found.float() - expected).norm() < 2e-3 * expected.norm()
+
+
+def test_fused_norms_take_more_than_2_to_the_31_values():
+    from dino_fast.kernels.batch_norm import norm_relu
+
+    norm = torch.nn.BatchNorm2d(64).cuda()
+    x = torch.empty(2800, 64, 112, 112, device="cuda", dtype=torch.float16, memory_format=torch.channels_last)
+    x.normal_()
+    assert x.numel() > 2**31
+    y = norm_relu(x.requires_grad_(), norm)
+    y.backward(torch.ones_like(y))
+    for image in (0, -1):  # means are 0 and deviations 1 but for 0.0002
+        torch.testing.assert_close(y[image], x[image].relu(), rtol=1e-3, atol=2e-3)
+    assert x.grad[-1].float().abs().mean() == pytest.approx(float(x.grad[0].float().abs().mean()), rel=0.05)
 
 
 def test_the_fused_loss_is_the_reference_at_full_width():
