@@ -173,7 +173,8 @@ def test_the_norms_are_those_of_the_parameters_in_their_order() -> None:
     out = step(*_flat(_crops(0)), HYPER)
     clipped = [0.0 if p.grad is None else p.grad.norm().item() for p in step.bare_student.parameters()]
     assert out.grad_norms.max() > 3 > min(clipped) == 0
-    assert out.grad_norms.clamp(max=3).tolist() == pytest.approx(clipped, rel=1e-5)
+    # float32 norms of millions of values are themselves 4e-5 off.
+    assert out.grad_norms.clamp(max=3).tolist() == pytest.approx(clipped, rel=1e-4)
     assert out.grad_norm.item() == pytest.approx(out.grad_norms.norm().item())
 
 
