@@ -6,7 +6,7 @@
 Every distinct layer on the student's views of a batch, channels-last, in float16 (on a CPU float32): forward, by
 weight, and by input. The stem is there with 4 and 8 input channels, too. Figures of a round, over --iterations:
 
-- time: µs; on a GPU between two events;
+- time: µs; on a GPU what it takes alone, the launches being made ahead;
 - bound: in percent, over that time the larger of the operations at the rate of a large matrix product and of the bytes
   of input and output at the rate of a large copy, both of this run.
 
@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from bench.norms import microseconds
 from bench.roofline import copy_bandwidth, gemm_rate
 from bench.step import choose_device
-from bench.timing import interleaved, keep_records, records, report
+from bench.timing import device_time, interleaved, keep_records, records, report
 from dino_fast.backbones import build_backbone
 
 UNITS = {"time": "µs", "bound": "%"}
@@ -105,7 +104,7 @@ def one_round(
     work = work_of(layer, kernel, images, device, dtype)
     for _ in range(2):  # cuDNN tries its ways in the first
         work()
-    return {"time": microseconds(work, iterations, device)}
+    return {"time": 1e6 * device_time(work, iterations, device)}
 
 
 def main() -> None:

@@ -129,7 +129,9 @@ def main() -> None:
     parser.add_argument("shards", type=Path)
     add_arguments(parser)
     parser.set_defaults(steps=50 if torch.cuda.is_available() else 10)
-    parser.add_argument("--arm", choices=FEEDABLE, default="ours-fused" if torch.cuda.is_available() else "ours")
+    parser.add_argument(
+        "--arm", choices=FEEDABLE, default="ours-fused-graphed" if torch.cuda.is_available() else "ours"
+    )
     parser.add_argument("--decode", choices=("auto", "dali", "torch"), default="auto", help="`data.decode` of a recipe")
     parser.add_argument("--published", action="store_true", help="the published loader and step, too")
     options = parser.parse_args()

@@ -12,7 +12,8 @@
 #   warm-up      in the background: compile the graphs of `step` and of configs/imagenette_resnet18.yaml into the cache,
 #                and decode batches by DALI on the GPU. `quiet` waits for it until second 200; it and every part that
 #                measures then end what still runs
-#   tests        the tests that need a GPU, and those of the kernels, compiled; TESTS names further files
+#   tests        the tests that need a GPU, and those of the kernels, compiled; TESTS names further files, TESTS_K those
+#                that run, as pytest's -k does
 #   kernels      loss and update beside their baselines and a copy
 #   augment      the augmentation beside its reference and a copy
 #   step         the step beside the published one and stock PyTorch, with a table of all kernels; STEP_ARMS: its arms
@@ -70,7 +71,7 @@ slower=${SLOWER:-1}
 learn_run=${LEARN_RUN:-$scratch/learn}
 enter=${ENTER:-.gpu/enter.sh}
 STEP_ARMS_GIVEN=${STEP_ARMS:-}
-STEP_ARMS=${STEP_ARMS:-published stock ours ours-fused stock-compiled ours-compiled}
+STEP_ARMS=${STEP_ARMS:-published ours-fused-graphed stock-compiled ours-compiled stock}
 unlimited=1000000
 warm_until=200 # seconds from the start
 case $call in
@@ -261,13 +262,13 @@ warm_up() { # Two arms at a time: each holds some 20 GB of the GPU's memory
     for arm in $STEP_ARMS; do
         case $arm in
         *compiled* | *graphed* | *aside*)
-            link "step-$((chain++ % 2))" "warm-$arm" TORCHINDUCTOR_COMPILE_THREADS=4 "$python" -m bench.step \
+            link "step-$((chain++ % 2))" "warm-$arm" TORCHINDUCTOR_COMPILE_THREADS=8 "$python" -m bench.step \
                 --rounds 1 --steps 1 --only "$arm" "${tiny[@]}"
             ;;
         esac
     done
     sizes train
-    link imagenette warm-imagenette TORCHINDUCTOR_COMPILE_THREADS=4 "$python" -m dino_fast train \
+    link imagenette warm-imagenette TORCHINDUCTOR_COMPILE_THREADS=8 "$python" -m dino_fast train \
         --config configs/imagenette_resnet18.yaml --data.train "$(shards)" --max_steps 2 --output "$scratch/warm" \
         ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
     for chain in "$scratch"/chain-*; do
@@ -283,14 +284,14 @@ tests() {
     # shellcheck disable=SC2086
     does tests 150 30 40 OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest "${at_once[@]}" \
         -o addopts= --import-mode=importlib -p no:cacheprovider -q --tb=short -rfEsP -W default --timeout 90 \
-        "${tiny[@]}" tests/test_gpu.py tests/pipelines/test_photometric_triton.py tests/dino_fast/test_kernel_*.py \
-        ${TESTS:-}
+        ${TESTS_K:+-k "$TESTS_K"} "${tiny[@]}" tests/test_gpu.py tests/pipelines/test_photometric_triton.py \
+        tests/dino_fast/test_kernel_*.py ${TESTS:-}
 }
 kernels() {
     bench kernels 50 20 kernels --rounds 3
 }
 augment() { # torch.compile spends minutes on its many shapes
-    bench augment 25 10 augment --only copy triton torch --rounds 3
+    bench augment 25 10 augment --only copy triton torch --rounds 3 --iterations 20
 }
 step() { # [LIMIT]: if a kernel takes the whole process with it, once more the arms that were ready before
     local status arms part=$results/step-gpu.jsonl.partial
@@ -368,10 +369,10 @@ keep() { # FILE NAME
 batches() {
     local size
     for size in 64 256; do
-        bench "step-$size" 150 50 step --rounds 3 --steps 10 --only published stock-compiled ours-fused ours-compiled \
+        bench "step-$size" 150 50 step --rounds 3 --steps 10 --only published stock-compiled ours-fused-graphed \
             --batch "$size"
     done
-    bench step-bf16 150 50 step --precision bf16 --rounds 3 --steps 10 --only stock-compiled ours-fused ours-compiled
+    bench step-bf16 150 50 step --precision bf16 --rounds 3 --steps 10 --only stock-compiled ours-fused-graphed
 }
 small() {
     bench step-small 300 60 step --rounds 3 --steps 20 --batch 16 \

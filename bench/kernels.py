@@ -10,8 +10,10 @@ SGD and average the teacher. "copy" arms move as many bytes within the device's 
 logits read twice and written once, teacher logits read twice, in the logits' type; 32 bytes a parameter. Figures of a
 round, over --iterations:
 
-- time: µs; on a GPU between two events;
-- copy share: the copy's time over the arm's, in percent.
+- time: µs as a loop sees it, launches included;
+- device: µs that a GPU takes alone, the launches being made ahead (a recorded step has none); an arm that waits for the
+  GPU shows its launches here too;
+- copy share: the copy's time on the device over the arm's, in percent.
 
 Logits are float32, as in bf16 and fp32 runs, and on a GPU float16 too, as in fp16 runs. Triton needs a GPU here.
 """
@@ -28,7 +30,7 @@ from torch import Tensor, nn
 from bench.baselines import Published, Stock
 from bench.roofline import finished
 from bench.step import choose_device, steady
-from bench.timing import attempt, interleaved, keep_records, records, report
+from bench.timing import attempt, device_time, interleaved, keep_records, records, report
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.head import HeadRecipe
@@ -37,7 +39,7 @@ from dino_fast.step import TrainStep, build_student_teacher
 from dino_fast.train import build_step
 from pipelines.crops import CropRecipe
 
-UNITS = {"time": "µs", "copy share": "%"}
+UNITS = {"time": "µs", "device": "µs", "copy share": "%"}
 VIEWS = 8
 UPDATE_BYTES = 32  # a parameter: gradient twice; weight, momentum and teacher read and written
 
@@ -131,18 +133,11 @@ def copy(size: int, device: torch.device) -> Work:
 
 def one_round(work: Work, iterations: int, device: torch.device) -> Figures:
     work()
-    if device.type == "cuda":
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(iterations):
-            work()
-        end.record()
-        end.synchronize()
-        return {"time": 1e3 * start.elapsed_time(end) / iterations}
-    began = finished(device)
+    start = finished(device)
     for _ in range(iterations):
         work()
-    return {"time": 1e6 * (finished(device) - began) / iterations}
+    figures = {"time": 1e6 * (finished(device) - start) / iterations}
+    return figures | ({"device": 1e6 * device_time(work, iterations, device)} if device.type == "cuda" else {})
 
 
 def add_shares(rounds: dict[str, list[Figures]]) -> None:
@@ -150,7 +145,8 @@ def add_shares(rounds: dict[str, list[Figures]]) -> None:
     for name, found in rounds.items():
         copies = rounds.get(f"{name.partition(':')[0]}: copy")
         for figure, plain in zip(found, copies or [], strict=False):
-            figure["copy share"] = 100 * plain["time"] / figure["time"]
+            kind = "device" if "device" in figure else "time"
+            figure["copy share"] = 100 * plain[kind] / figure[kind]
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ Every distinct layer of the backbone on the two global views of a batch, channel
 and ATen run them. "join" is an addition whose residual has a norm of its own. "network" sums all layers, each as often
 as it is there. Figures of a round:
 
-- time: µs of a forward and a backward pass; on a GPU between two events;
+- time: µs of a forward and a backward pass; on a GPU what it takes alone, the launches being made ahead;
 - copy share: in percent, the time of a copy within the device's memory of as many bytes as two passes in each direction
   take (PASSES), over the arm's.
 
@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.roofline import copy_bandwidth, finished
+from bench.roofline import copy_bandwidth
 from bench.step import choose_device
-from bench.timing import interleaved, keep_records, records, report
+from bench.timing import device_time, interleaved, keep_records, records, report
 from dino_fast.backbones import build_backbone
 
 UNITS = {"time": "µs", "copy share": "%"}
@@ -41,7 +41,13 @@ SIDE = 224
 PASSES = {"relu": 3 + 5, "add": 4 + 8, "join": 5 + 12, "pool": 2.375 + 4.25}
 WARPS = [{"num_warps": warps, "enable_fp_fusion": True} for warps in (4, 8)]
 SWEEP: list[dict[str, Any]] = [{"TILE": tile, "LAUNCH": launch} for tile in (2048, 4096, 8192) for launch in WARPS]
-SWEEP += [{"PROGRAMS": 528}, {"PROGRAMS": 2112}, {"PROGRAMS": 4224}, {"QUADS": 512}, {"QUADS": 2048}]
+SWEEP += [
+    {"VALUE_PROGRAMS": 2},
+    {"VALUE_PROGRAMS": 8},
+    {"GRADIENT_PROGRAMS": 2},
+    {"GRADIENT_PROGRAMS": 6},
+    {"QUADS": 512},
+]
 
 Figures = dict[str, float]  # by the names of UNITS
 
@@ -130,30 +136,12 @@ def one_round(
 
     for _ in range(2):
         work()
-    return {"time": microseconds(work, iterations, device)}
+    return {"time": 1e6 * device_time(work, iterations, device)}
 
 
 def _tensor(batch: int, layer: Layer, device: torch.device, dtype: torch.dtype) -> Tensor:
     made = torch.randn(2 * batch, layer.channels, layer.side, layer.side, device=device, dtype=dtype)
     return made.contiguous(memory_format=torch.channels_last)
-
-
-def microseconds(work: Callable[[], object], iterations: int, device: torch.device) -> float:
-    """Of one call."""
-    if device.type != "cuda":
-        start = finished(device)
-        for _ in range(iterations):
-            work()
-        return 1e6 * (finished(device) - start) / iterations
-    start_event, end_event = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    torch.cuda._sleep(40_000_000)  # cycles: the launches are made ahead, and the GPU's own time is left
-    start_event.record()
-    for _ in range(iterations):
-        work()
-    end_event.record()
-    end_event.synchronize()
-    return 1e3 * start_event.elapsed_time(end_event) / iterations
 
 
 def with_sizes(sizes: Mapping[str, Any], work: Callable[[], Figures]) -> Figures:

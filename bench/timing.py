@@ -19,6 +19,8 @@ import torch
 
 PACKAGES = ("torch", "torchvision", "triton", "nvidia-dali-cuda130", "spdl-core", "pillow", "numpy")
 
+CLOCK = 2e9  # cycles a second of a GPU, at most
+
 Figure = TypeVar("Figure")
 
 
@@ -68,6 +70,27 @@ def attempt(name: str, work: Callable[[], Figure]) -> Figure | None:
         traceback.print_exc()
     gc.collect()  # what the failed arm held, the GPU's memory above all
     return None
+
+
+def device_time(work: Callable[[], object], iterations: int, device: torch.device) -> float:
+    """Seconds of one of `iterations` calls. On a GPU those that it takes alone: the calls are made while it is busy
+    with something else, for twice as long as they took the host before. A call that waits for it shows as it is.
+    """
+    start = time.perf_counter()
+    for _ in range(iterations):
+        work()
+    seconds = time.perf_counter() - start
+    if device.type != "cuda":
+        return seconds / iterations
+    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    torch.cuda._sleep(int(2 * seconds * CLOCK))
+    first.record()
+    for _ in range(iterations):
+        work()
+    last.record()
+    last.synchronize()
+    return first.elapsed_time(last) / 1e3 / iterations
 
 
 def record(bench: str, arm: str, metric: str, unit: str, figures: list[float]) -> dict[str, Any]:

@@ -88,11 +88,10 @@ class Recipe:
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """network that is trained, from torchvision"""
     compile: Literal["auto", "always", "never"] = "auto"
-    """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on a GPU, unless their
-    batch norms are our own kernels, as a ResNet's are"""
+    """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on GPUs where steps are
+    not recorded. Where they are, batch norms are kernels of our own, which are faster and need no compiler"""
     graph: Literal["auto", "always", "never"] = "auto"
-    """whether the step is recorded as a CUDA graph and replayed, which takes one GPU; auto: there, with batches (or
-    their parts) of at most 32 images, whose launches should take longer than their computing. Not measured yet"""
+    """whether the step is recorded as a CUDA graph and replayed, which takes one GPU and no other ranks; auto: there"""
     log_every: Annotated[int, Ge(1)] = 50
     """steps between entries in the metrics"""
     init_from: str = ""

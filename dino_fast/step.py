@@ -97,7 +97,6 @@ class TrainStep:
         self.loss, self.precision, self.accumulate = loss, precision, accumulate
         prototypes = teacher.head.last_layer.weight_g
         self.center = prototypes.new_zeros(1, len(prototypes))  # [1, K]
-        self.forget_gradients = True  # between steps; False: their memory stays where it is
         self.loss_scale = LossScale(self.center.device) if precision == "fp16" else None
         self.clock = PartClock(self.center.device)
         self._side = torch.cuda.Stream(self.center.device) if teacher_aside else None
@@ -146,7 +145,7 @@ class TrainStep:
         """One update, as `__call__`. With kernels it launches work only, so that a CUDA graph can record it."""
         self.clock.start()
         parts = split_batch(globals_, locals_, self.accumulate)
-        self.optimizer.zero_grad(set_to_none=self.forget_gradients)
+        self.optimizer.zero_grad()
         found: list[Objective] = []
         for number, part in enumerate(parts, 1):
             last = number == len(parts)

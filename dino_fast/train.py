@@ -37,8 +37,6 @@ from pipelines.loader import Batch, Loader, open_index
 from shards.errors import UserError
 from shards.lock import locked
 
-# Up to here a GPU is expected to wait for the host's launches: some 2,000 of 3 µs take as long as 16 images on an H200.
-SMALL_BATCH = 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -216,7 +214,7 @@ def build_step(
     """Student, teacher and optimizer on this rank's device; the first weights depend on the seed alone.
 
     `kernels`, `fused_norms` and `teacher_aside` are those of `TrainStep`; kernels None: on a GPU, where Triton is
-    installed; fused_norms None: with kernels, unless the recipe says that the backbones are compiled.
+    installed; fused_norms None: where steps are recorded, unless the recipe says that the backbones are compiled.
 
     Raises UserError for a batch that does not divide into ranks and parts.
     """
@@ -233,7 +231,9 @@ def build_step(
     if kernels is None:
         kernels = ranks.device.type == "cuda" and find_spec("triton") is not None
     if fused_norms is None:
-        fused_norms = kernels and recipe.compile != "always"
+        # Launched one by one they keep the host busy for longer than what a compiler makes of torch's.
+        recorded = kernels and ranks.world == 1 and recipe.graph != "never"
+        fused_norms = recorded and recipe.compile != "always"
     return TrainStep(
         parallel(student, ranks), teacher, optimizer, recipe.loss, recipe.optim.clip_grad, recipe.precision,
         accumulate=recipe.accumulate, kernels=kernels, fused_norms=fused_norms, teacher_aside=teacher_aside,
@@ -274,8 +274,7 @@ def wants_graph(recipe: Recipe, ranks: Ranks, step: TrainStep) -> bool:
     possible = isinstance(step.update, KernelUpdate) and ranks.device.type == "cuda" and ranks.world == 1
     if recipe.graph == "always" and not possible:
         raise UserError("--graph always: that takes one GPU, no other ranks, and Triton; leave it out")
-    small = recipe.batch_size // recipe.accumulate <= SMALL_BATCH
-    return possible and (recipe.graph == "always" or (recipe.graph == "auto" and small))
+    return possible and recipe.graph != "never"
 
 
 def resume(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) -> Start | None:

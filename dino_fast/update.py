@@ -154,6 +154,10 @@ class KernelUpdate:
     def loaded(self) -> None:
         self._fused.bind()
 
+    def recorded(self) -> None:
+        """To be called after a CUDA graph has recorded a step, before its first replay."""
+        self._fused.write_addresses()
+
     def __call__(self, settings: DeviceHyper, scale: LossScale | None) -> Updated:
         done = self._fused(settings.values, None if scale is None else scale.scale.reciprocal())
         if scale is not None:

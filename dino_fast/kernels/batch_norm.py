@@ -15,6 +15,7 @@ nothing waits for the GPU.
 # mypy: allow-incomplete-defs
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +32,12 @@ from dino_fast.sync_batchnorm import world_size
 # 4 times 16 bytes before it waits.
 TILE = 4096
 QUADS = 1024  # the same for the stem, which holds twelve tiles
-CHANNELS = 128  # channels a program takes, at most
-# Programs whose sums a channel is added up from. Hopper has 132 multiprocessors, each of which holds some four.
-PROGRAMS = 1056
-SETTLED = 16  # channels a program of the small launch between two passes takes
+CHANNELS = 128  # channels a program takes, at most; of the stem half as many
+# Programs whose sums a channel is added up from, for each multiprocessor: as many as it holds at a time. What they take
+# next is on its way while they add, STAGES - 1 tiles ahead.
+VALUE_PROGRAMS, GRADIENT_PROGRAMS = 4, 3
+STAGES = tl.constexpr(3)
+SETTLED = 8  # channels a program of the small launch between two passes takes
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 NO_SCALING = None, None, None, None
 
@@ -74,9 +77,9 @@ class _Layer(NamedTuple):
 class _Grid(NamedTuple):
     """How a matrix [rows, channels] is shared out among programs."""
 
-    stretches: int
-    blocks: int
-    sizes: tuple[int, int, int]  # rows of a stretch, rows of a tile, channels of a tile
+    programs: int
+    stretches: int  # programs that take the same channels
+    sizes: tuple[int, int]  # rows and channels of a tile
 
 
 def norm_relu(x: Tensor, norm: _BatchNorm) -> Tensor:
@@ -112,22 +115,27 @@ def _rows(x: Tensor) -> int:
 
 
 def _grid(x: Tensor, programs: int | None = None) -> _Grid:
-    """For x's rows and channels; programs: how many there shall be, about. None: one a tile."""
+    """For x's rows and channels; programs: how many a multiprocessor there are at most. None: one a tile."""
     return _share_out(x, programs, TILE, CHANNELS)
 
 
 def _pool_grid(pooled: Tensor, programs: int | None = None) -> _Grid:
     """As `_grid`, for the stem's tiles, over the pixels of its output."""
-    return _share_out(pooled, programs, QUADS, 64)
+    return _share_out(pooled, programs, QUADS, CHANNELS // 2)
 
 
 def _share_out(x: Tensor, programs: int | None, tile: int, most_channels: int) -> _Grid:
-    rows, channels = _rows(x), x.shape[1]
-    tile_channels = min(most_channels, triton.next_power_of_2(channels))
-    tile_rows, blocks = tile // tile_channels, triton.cdiv(channels, tile_channels)
-    tiles = triton.cdiv(rows, tile_rows)
-    each = 1 if programs is None else triton.cdiv(tiles * blocks, programs)
-    return _Grid(triton.cdiv(tiles, each), blocks, (each * tile_rows, tile_rows, tile_channels))
+    tile_channels = min(most_channels, triton.next_power_of_2(x.shape[1]))
+    tile_rows, blocks = tile // tile_channels, triton.cdiv(x.shape[1], tile_channels)
+    stretches = triton.cdiv(_rows(x), tile_rows)
+    if programs is not None:
+        stretches = min(stretches, max(1, programs * _multiprocessors(x.device) // blocks))
+    return _Grid(stretches * blocks, stretches, (tile_rows, tile_channels))
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 # Statistics, of one rank and of all
@@ -137,12 +145,12 @@ def _statistics(x: Tensor, norm: _BatchNorm) -> Statistics:
     """Those of x over all ranks. Moves the norm's running statistics towards them. ValueError for a single value."""
     if _rows(x) * world_size() == 1:
         raise ValueError(f"batch norm needs more than one value a channel, got {tuple(x.shape)}")
-    grid, channels = _grid(x, PROGRAMS), x.shape[1]
+    grid, channels = _grid(x, VALUE_PROGRAMS), x.shape[1]
     parts = x.new_empty(2, grid.stretches, channels, dtype=torch.float32)
     found = x.new_empty(2 * channels + 1, dtype=torch.float32)
     alone = world_size() == 1
     with torch.cuda.device_of(x):
-        _sum_values[grid.stretches, grid.blocks](x, parts, _rows(x), channels, *grid.sizes, **LAUNCH)
+        _sum_values[(grid.programs,)](x, parts, _rows(x), channels, *grid.sizes, **LAUNCH)
         _settle_statistics[(triton.cdiv(channels, SETTLED),)](
             x, parts, found, norm.running_mean, norm.running_var, norm.num_batches_tracked,
             grid.stretches, _rows(x), channels, norm.momentum, norm.eps, alone, SETTLED, **LAUNCH,
@@ -250,12 +258,12 @@ class _NormReluPool(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
         layer = _Layer(x, weight, bias, _statistics(x, norm))
         batch, channels, height, width = x.shape
-        y = x.new_empty(batch, channels, triton.cdiv(height, 2), triton.cdiv(width, 2))
-        y = y.contiguous(memory_format=torch.channels_last)
+        shape = batch, channels, triton.cdiv(height, 2), triton.cdiv(width, 2)
+        y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         places = torch.empty_like(y, dtype=torch.uint8)
         grid = _pool_grid(y)
         with torch.cuda.device_of(x):
-            _pool[grid.stretches, grid.blocks](
+            _pool[(grid.programs,)](
                 x, *layer.scaling, y, places, _rows(y), channels, height, width, *y.shape[2:],
                 *grid.sizes, **LAUNCH,
             )  # fmt: skip
@@ -268,16 +276,16 @@ class _NormReluPool(torch.autograd.Function):
     def backward(ctx: Any, one: Tensor | None, two: Tensor | None) -> tuple[Tensor | None, ...]:
         places, *saved = ctx.saved_tensors
         layer, (grad, more) = _Layer.of(saved), _both(one, two)
-        x, grid = layer.x, _pool_grid(places, PROGRAMS)
+        x, grid = layer.x, _pool_grid(places, GRADIENT_PROGRAMS)
         what = grad, more, places, x, *layer.scaling
         shape = _rows(places), x.shape[1], *x.shape[2:], *places.shape[2:]
         parts = x.new_empty(2, grid.stretches, x.shape[1], dtype=torch.float32)
         with torch.cuda.device_of(x):
-            _pool_gradient_sums[grid.stretches, grid.blocks](*what, parts, *shape, *grid.sizes, **LAUNCH)
+            _pool_gradient_sums[(grid.programs,)](*what, parts, *shape, *grid.sizes, **LAUNCH)
         sums, everywhere = _settle_gradient(parts[0], parts[1], layer.statistics)
         grad_x, grid = torch.empty_like(x), _pool_grid(places)
         with torch.cuda.device_of(x):
-            _pool_gradient[grid.stretches, grid.blocks](
+            _pool_gradient[(grid.programs,)](
                 *what, everywhere, layer.statistics.values, grad_x, *shape, *grid.sizes, **LAUNCH
             )
         return grad_x, sums[1], sums[0], None
@@ -293,7 +301,7 @@ def _launch_normalize(layer: _Layer, residual: Tensor | None, around: _Layer | N
     """The ReLU of the layer's normalised x, plus `residual`, which is normalised too where it is `around`'s x."""
     x, grid, y = layer.x, _grid(layer.x), torch.empty_like(layer.x)
     with torch.cuda.device_of(x):
-        _normalize[grid.stretches, grid.blocks](
+        _normalize[(grid.programs,)](
             x, *layer.scaling, residual, *(NO_SCALING if around is None else around.scaling), y, _rows(x), x.shape[1],
             *grid.sizes, **LAUNCH,
         )  # fmt: skip
@@ -309,11 +317,11 @@ def _launch_gradient_sums(
     around: _Layer | None = None,
 ) -> Tensor:
     """The programs' parts [2, stretches, C] of Σ g and Σ g · (x − mean), and [3, …] with those of `around`'s x."""
-    x, grid = layer.x, _grid(layer.x, PROGRAMS)
+    x, grid = layer.x, _grid(layer.x, GRADIENT_PROGRAMS)
     parts = x.new_empty(2 if around is None else 3, grid.stretches, x.shape[1], dtype=torch.float32)
     residual = (None, None) if around is None else (around.x, around.statistics.mean)
     with torch.cuda.device_of(x):
-        _sum_gradients[grid.stretches, grid.blocks](
+        _sum_gradients[(grid.programs,)](
             grad, more, y, x, *layer.scaling, *residual, grad_y, parts, _rows(x), x.shape[1], *grid.sizes, **LAUNCH
         )
     return parts
@@ -323,31 +331,34 @@ def _launch_gradient(layer: _Layer, grad: Tensor, sums: Tensor, relu: bool) -> T
     """Of the layer's x; relu: where its normalised value was positive."""
     x, grid, grad_x = layer.x, _grid(layer.x), torch.empty_like(layer.x)
     with torch.cuda.device_of(x):
-        _input_gradient[grid.stretches, grid.blocks](
+        _input_gradient[(grid.programs,)](
             grad, x, *layer.scaling, sums, layer.statistics.values, grad_x, _rows(x), x.shape[1],
             relu, *grid.sizes, **LAUNCH,
         )  # fmt: skip
     return grad_x
 
 
-# The kernels. `rows` may pass 2^31 / channels, so that places are counted in 64 bits.
+# The kernels. Tiles are taken in the order of memory by all programs together, in passes of opposite directions: what a
+# pass has read or written last is in the GPU's cache when the next one begins there. A forward pass through the network
+# is values from the last to the first, results from the first on; a backward pass is sums from the first on, gradients
+# from the last, since the convolution that is next begins at the first.
 
 
 @triton.jit
-def _sum_values(x, parts, rows, channels, stretch, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Into `parts` [2, stretches, channels]: Σ (x − s) and Σ (x − s)² of a stretch, with s the first row of all."""
-    channel, inside = _channel(channels, CHANNELS)
+def _sum_values(x, parts, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Into `parts` [2, stretches, channels]: Σ (x − s) and Σ (x − s)² of a program's tiles, with s the first row."""
+    first, step, channel, inside = _place(channels, CHANNELS)
     shift = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
-    first, end = _stretch(rows, stretch)
     total, squares = tl.full((ROWS, CHANNELS), 0.0, tl.float32), tl.full((ROWS, CHANNELS), 0.0, tl.float32)
-    for row in range(first, end, ROWS):
-        place, mask = _tile(row, end, channel, inside, channels, ROWS)
+    tiles = _tiles(rows, ROWS)
+    for number in tl.range(first, tiles, step, num_stages=STAGES):
+        place, mask = _tile(tiles - 1 - number, rows, channel, inside, channels, ROWS)
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32) - shift[None, :]
         value = tl.where(mask, value, 0.0)
         total += value
         squares += value * value
-    _store_part(parts, 0, _sum(total, 0), channel, inside, channels)
-    _store_part(parts, 1, _sum(squares, 0), channel, inside, channels)
+    _store_part(parts, 0, _sum(total, 0), first, step, channel, inside, channels)
+    _store_part(parts, 1, _sum(squares, 0), first, step, channel, inside, channels)
 
 
 @triton.jit
@@ -359,7 +370,7 @@ def _settle_statistics(
 
     ALONE it moves the running statistics, whose variance is the unbiased one.
     """
-    channel, inside = _channel_of(tl.program_id(0), channels, CHANNELS)
+    _, _, channel, inside = _place(channels, CHANNELS)
     total, squares = _sum_parts(parts, parts + stretches * channels, stretches, channel, inside, channels, CHANNELS)
     shift = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
     offset = total / rows
@@ -383,47 +394,44 @@ def _settle_statistics(
 @triton.jit
 def _normalize(
     x, weight, bias, mean, inverse_std, residual, residual_weight, residual_bias, residual_mean, residual_inverse_std,
-    y, rows, channels, stretch, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    y, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """y = max(0, (x − mean) · weight / std + bias + residual), of which any part may be missing."""
-    channel, inside = _channel(channels, CHANNELS)
+    number, _, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
     if residual_weight is not None:
         residual_center, residual_scale, residual_shift = _scaling(
             residual_weight, residual_bias, residual_mean, residual_inverse_std, channel, inside
         )
-    first, end = _stretch(rows, stretch)
-    for row in range(first, end, ROWS):
-        place, mask = _tile(row, end, channel, inside, channels, ROWS)
-        value = _scaled(tl.load(x + place, mask=mask, other=0.0), center, scale, shift)
-        if residual is not None:
-            other = tl.load(residual + place, mask=mask, other=0.0)
-            if residual_weight is not None:
-                other = _scaled(other, residual_center, residual_scale, residual_shift)
-            value += other.to(tl.float32)
-        value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(y + place, value.to(y.dtype.element_ty), mask=mask)
+    place, mask = _tile(number, rows, channel, inside, channels, ROWS)
+    value = _scaled(tl.load(x + place, mask=mask, other=0.0), center, scale, shift)
+    if residual is not None:
+        other = tl.load(residual + place, mask=mask, other=0.0)
+        if residual_weight is not None:
+            other = _scaled(other, residual_center, residual_scale, residual_shift)
+        value += other.to(tl.float32)
+    value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _sum_gradients(
-    grad, more, y, x, weight, bias, mean, inverse_std, residual, residual_mean, grad_y, parts, rows, channels, stretch,
+    grad, more, y, x, weight, bias, mean, inverse_std, residual, residual_mean, grad_y, parts, rows, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Into `parts` [2 or 3, stretches, channels]: Σ g and Σ g · (x − mean) of a stretch, and the same for a residual.
+    """Into `parts` [2 or 3, stretches, channels]: Σ g and Σ g · (x − mean) of a program's tiles, and of a residual.
 
     g is `grad` and `more`, where the ReLU's output was positive: by `y`, or where there is none by x. It is stored
     into `grad_y` if that is there.
     """
-    channel, inside = _channel(channels, CHANNELS)
+    first, step, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
     if residual is not None:
         residual_center = tl.load(residual_mean + channel, mask=inside, other=0.0)
         others = tl.full((ROWS, CHANNELS), 0.0, tl.float32)
-    first, end = _stretch(rows, stretch)
     total, products = tl.full((ROWS, CHANNELS), 0.0, tl.float32), tl.full((ROWS, CHANNELS), 0.0, tl.float32)
-    for row in range(first, end, ROWS):
-        place, mask = _tile(row, end, channel, inside, channels, ROWS)
+    for number in tl.range(first, _tiles(rows, ROWS), step, num_stages=STAGES):
+        place, mask = _tile(number, rows, channel, inside, channels, ROWS)
         value = tl.load(x + place, mask=mask, other=0.0)
         g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
         if more is not None:
@@ -441,16 +449,16 @@ def _sum_gradients(
         if residual is not None:
             value = tl.load(residual + place, mask=mask, other=0.0).to(tl.float32)
             others += g * tl.where(mask, value - residual_center[None, :], 0.0)
-    _store_part(parts, 0, _sum(total, 0), channel, inside, channels)
-    _store_part(parts, 1, _sum(products, 0), channel, inside, channels)
+    _store_part(parts, 0, _sum(total, 0), first, step, channel, inside, channels)
+    _store_part(parts, 1, _sum(products, 0), first, step, channel, inside, channels)
     if residual is not None:
-        _store_part(parts, 2, _sum(others, 0), channel, inside, channels)
+        _store_part(parts, 2, _sum(others, 0), first, step, channel, inside, channels)
 
 
 @triton.jit
 def _settle_sums(totals, products, sums, inverse_std, stretches, channels, CHANNELS: tl.constexpr):
     """Into `sums` [2, channels]: Σ g and Σ g · (x − mean) / std, the gradients of bias and weight."""
-    channel, inside = _channel_of(tl.program_id(0), channels, CHANNELS)
+    _, _, channel, inside = _place(channels, CHANNELS)
     total, product = _sum_parts(totals, products, stretches, channel, inside, channels, CHANNELS)
     tl.store(sums + channel, total, mask=inside)
     tl.store(sums + channels + channel, product * tl.load(inverse_std + channel, mask=inside, other=0.0), mask=inside)
@@ -458,22 +466,20 @@ def _settle_sums(totals, products, sums, inverse_std, stretches, channels, CHANN
 
 @triton.jit
 def _input_gradient(
-    grad, x, weight, bias, mean, inverse_std, sums, count, grad_x, rows, channels, RELU: tl.constexpr, stretch,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    grad, x, weight, bias, mean, inverse_std, sums, count, grad_x, rows, channels,
+    RELU: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """grad_x = weight / std · (g − Σ g / n − (x − mean) / std · Σ (g · (x − mean) / std) / n), with n = `count`."""
-    channel, inside = _channel(channels, CHANNELS)
+    number, _, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
     level, slope = _correction(sums, count, inverse_std, channel, inside, channels)
-    first, end = _stretch(rows, stretch)
-    for row in range(first, end, ROWS):
-        place, mask = _tile(row, end, channel, inside, channels, ROWS)
-        value = tl.load(x + place, mask=mask, other=0.0)
-        g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
-        if RELU:
-            g = tl.where(_scaled(value, center, scale, shift) > 0, g, 0.0)
-        g = scale[None, :] * (g - level[None, :] - (value.to(tl.float32) - center[None, :]) * slope[None, :])
-        tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=mask)
+    place, mask = _tile(_tiles(rows, ROWS) - 1 - number, rows, channel, inside, channels, ROWS)
+    value = tl.load(x + place, mask=mask, other=0.0)
+    g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+    if RELU:
+        g = tl.where(_scaled(value, center, scale, shift) > 0, g, 0.0)
+    g = scale[None, :] * (g - level[None, :] - (value.to(tl.float32) - center[None, :]) * slope[None, :])
+    tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=mask)
 
 
 # The stem's. A row is a pixel of the pooled output. Its window is centred at twice its place, and of the input's four
@@ -483,94 +489,91 @@ def _input_gradient(
 
 @triton.jit
 def _pool(
-    x, weight, bias, mean, inverse_std, y, places, rows, channels, height, width, pooled_height, pooled_width, stretch,
+    x, weight, bias, mean, inverse_std, y, places, rows, channels, height, width, pooled_height, pooled_width,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The largest of a window's normalised values that is not negative, and which of its nine pixels has it."""
-    channel, inside = _channel(channels, CHANNELS)
+    """The largest of a window's normalised values that is not negative, and which of its nine pixels has it.
+
+    Where a channel's scale is positive that is the pixel of the largest x, else of the smallest; the first of equal
+    ones. A NaN among them need not be looked for: it makes the channel's mean NaN, and so all of its results.
+    """
+    number, _, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
-    first, end = _stretch(rows, stretch)
-    for row in range(first, end, ROWS):
-        place, mask = _tile(row, end, channel, inside, channels, ROWS)
-        pixel = row + tl.arange(0, ROWS)
-        image, top, left = _pixel(pixel, pooled_height, pooled_width)
-        best = tl.full((ROWS, CHANNELS), -1.0, tl.float32)
-        which = tl.full((ROWS, CHANNELS), 0, tl.int32)
-        for tap in tl.static_range(9):
-            down, right = 2 * top + tap // 3 - 1, 2 * left + tap % 3 - 1
-            there = (down >= 0) & (down < height) & (right >= 0) & (right < width) & (pixel < end)
-            source = ((image * height + down) * width + right) * channels
-            taken = there[:, None] & inside[None, :]
-            value = _scaled(
-                tl.load(x + source[:, None] + channel[None, :], mask=taken, other=0.0), center, scale, shift
-            )
-            # Rounded as it would lie in memory: equal values are a window's first, as in torch.
-            value = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL).to(y.dtype.element_ty).to(tl.float32)
-            larger = taken & ((value > best) | (value != value))
-            best, which = tl.where(larger, value, best), tl.where(larger, tap, which)
-        tl.store(y + place, best.to(y.dtype.element_ty), mask=mask)
-        tl.store(places + place, which.to(tl.uint8), mask=mask)
+    sign = tl.where(scale > 0, 1.0, tl.where(scale < 0, -1.0, 0.0))
+    place, mask = _tile(number, rows, channel, inside, channels, ROWS)
+    pixel = _rows_of(number, ROWS)
+    image, top, left = _pixel(pixel, pooled_height, pooled_width)
+    best = tl.full((ROWS, CHANNELS), -1.0e38, tl.float32)
+    which = tl.full((ROWS, CHANNELS), 0, tl.int32)
+    for tap in tl.static_range(9):
+        down, right = 2 * top + tap // 3 - 1, 2 * left + tap % 3 - 1
+        there = (down >= 0) & (down < height) & (right >= 0) & (right < width) & (pixel < rows)
+        source = _places((image * height + down) * width + right, channel, channels)
+        taken = there[:, None] & inside[None, :]
+        value = tl.load(x + source, mask=taken, other=0.0).to(tl.float32) * sign[None, :]
+        larger = taken & (value > best)
+        best, which = tl.where(larger, value, best), tl.where(larger, tap, which)
+    best = tl.where(mask, best * sign[None, :], 0.0)
+    value = tl.maximum(_scaled(best, center, scale, shift), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(y + place, value.to(y.dtype.element_ty), mask=mask)
+    tl.store(places + place, which.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def _pool_gradient_sums(
     grad, more, places, x, weight, bias, mean, inverse_std, parts, rows, channels, height, width, pooled_height,
-    pooled_width, stretch, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    pooled_width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """As `_sum_gradients`, with the gradient of the pooled output."""
-    channel, inside = _channel(channels, CHANNELS)
+    first, step, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
-    first, end = _stretch(rows, stretch)
     total, products = tl.full((ROWS, CHANNELS), 0.0, tl.float32), tl.full((ROWS, CHANNELS), 0.0, tl.float32)
-    for row in range(first, end, ROWS):
+    for number in range(first, _tiles(rows, ROWS), step):
+        pixel = _rows_of(number, ROWS)
         image, top, left, own, right, below, across = _windows(
-            grad, more, places, row, end, channel, inside, channels, pooled_height, pooled_width, ROWS
+            grad, more, places, pixel, rows, channel, inside, channels, pooled_height, pooled_width
         )
         for corner in tl.static_range(4):
             g = _at_corner(corner, own, right, below, across)
             value, taken, _ = _corner(
-                x, image, top, left, corner, row, end, channel, inside, channels, height, width, ROWS
+                x, image, top, left, corner, pixel < rows, channel, inside, channels, height, width
             )
             g = tl.where(taken & (_scaled(value, center, scale, shift) > 0), g, 0.0)
             total += g
             products += g * tl.where(taken, value.to(tl.float32) - center[None, :], 0.0)
-    _store_part(parts, 0, _sum(total, 0), channel, inside, channels)
-    _store_part(parts, 1, _sum(products, 0), channel, inside, channels)
+    _store_part(parts, 0, _sum(total, 0), first, step, channel, inside, channels)
+    _store_part(parts, 1, _sum(products, 0), first, step, channel, inside, channels)
 
 
 @triton.jit
 def _pool_gradient(
     grad, more, places, x, weight, bias, mean, inverse_std, sums, count, grad_x, rows, channels, height, width,
-    pooled_height, pooled_width, stretch, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    pooled_height, pooled_width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """As `_input_gradient`, with the gradient of the pooled output."""
-    channel, inside = _channel(channels, CHANNELS)
+    number, _, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
     level, slope = _correction(sums, count, inverse_std, channel, inside, channels)
-    first, end = _stretch(rows, stretch)
-    for row in range(first, end, ROWS):
-        image, top, left, own, right, below, across = _windows(
-            grad, more, places, row, end, channel, inside, channels, pooled_height, pooled_width, ROWS
+    pixel = _rows_of(_tiles(rows, ROWS) - 1 - number, ROWS)
+    image, top, left, own, right, below, across = _windows(
+        grad, more, places, pixel, rows, channel, inside, channels, pooled_height, pooled_width
+    )
+    for corner in tl.static_range(4):
+        g = _at_corner(corner, own, right, below, across)
+        value, taken, place = _corner(
+            x, image, top, left, corner, pixel < rows, channel, inside, channels, height, width
         )
-        for corner in tl.static_range(4):
-            g = _at_corner(corner, own, right, below, across)
-            value, taken, place = _corner(
-                x, image, top, left, corner, row, end, channel, inside, channels, height, width, ROWS
-            )
-            g = tl.where(_scaled(value, center, scale, shift) > 0, g, 0.0)
-            g = scale[None, :] * (g - level[None, :] - (value.to(tl.float32) - center[None, :]) * slope[None, :])
-            tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=taken)
+        g = tl.where(_scaled(value, center, scale, shift) > 0, g, 0.0)
+        g = scale[None, :] * (g - level[None, :] - (value.to(tl.float32) - center[None, :]) * slope[None, :])
+        tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=taken)
 
 
 @triton.jit
-def _windows(
-    grad, more, places, row, end, channel, inside, channels, pooled_height, pooled_width, ROWS: tl.constexpr
-):  # fmt: skip
+def _windows(grad, more, places, pixel, rows, channel, inside, channels, pooled_height, pooled_width):
     """Where a tile's quads are, and of the four windows that reach into them gradient and place of the largest."""
-    pixel = row + tl.arange(0, ROWS)
     image, top, left = _pixel(pixel, pooled_height, pooled_width)
     more_right, more_below = left + 1 < pooled_width, top + 1 < pooled_height
-    there = pixel < end
+    there = pixel < rows
     own = _window(grad, more, places, pixel, there, channel, inside, channels)
     right = _window(grad, more, places, pixel + 1, there & more_right, channel, inside, channels)
     lower = pixel + pooled_width
@@ -581,13 +584,12 @@ def _windows(
 
 @triton.jit
 def _window(grad, more, places, pixel, there, channel, inside, channels):
-    """Its gradient, and the number of the pixel that it belongs to; −1 outside."""
-    place, mask = pixel[:, None] * channels + channel[None, :], there[:, None] & inside[None, :]
-    g = tl.load(grad + place, mask=mask, other=0.0).to(tl.float32)
+    """Its gradient, and the number of the pixel that it belongs to; 255 outside."""
+    place, mask = _places(pixel, channel, channels), there[:, None] & inside[None, :]
+    g = tl.load(grad + place, mask=mask, other=0.0)
     if more is not None:
-        g += tl.load(more + place, mask=mask, other=0.0).to(tl.float32)
-    which = tl.load(places + place, mask=mask, other=255).to(tl.int32)
-    return g.to(grad.dtype.element_ty), which.to(tl.uint8)
+        g = (g.to(tl.float32) + tl.load(more + place, mask=mask, other=0.0).to(tl.float32)).to(g.dtype)
+    return g, tl.load(places + place, mask=mask, other=255)
 
 
 @triton.jit
@@ -614,14 +616,11 @@ def _if_there(window, NUMBER: tl.constexpr):
 
 
 @triton.jit
-def _corner(
-    x, image, top, left, CORNER: tl.constexpr, row, end, channel, inside, channels, height, width, ROWS: tl.constexpr
-):
+def _corner(x, image, top, left, CORNER: tl.constexpr, there, channel, inside, channels, height, width):
     """Value, mask and place of a pixel of each quad."""
     down, right = 2 * top + CORNER // 2, 2 * left + CORNER % 2
-    there = (down < height) & (right < width) & (row + tl.arange(0, ROWS) < end)
-    place = ((image * height + down) * width + right)[:, None] * channels + channel[None, :]
-    taken = there[:, None] & inside[None, :]
+    place = _places((image * height + down) * width + right, channel, channels)
+    taken = (there & (down < height) & (right < width))[:, None] & inside[None, :]
     return tl.load(x + place, mask=taken, other=0.0), taken, place
 
 
@@ -636,29 +635,36 @@ def _pixel(pixel, height, width):
 
 
 @triton.jit
-def _channel(channels, CHANNELS: tl.constexpr):
-    """The channels of this program's block, and which of them there are."""
-    return _channel_of(tl.program_id(1), channels, CHANNELS)
+def _place(channels, CHANNELS: tl.constexpr):
+    """This program's first tile, how many further its next one is, its channels, and which of them there are."""
+    blocks = (channels + CHANNELS - 1) // CHANNELS
+    program = tl.program_id(0)
+    channel = program % blocks * CHANNELS + tl.arange(0, CHANNELS)
+    return program // blocks, tl.num_programs(0) // blocks, channel, channel < channels
 
 
 @triton.jit
-def _channel_of(block, channels, CHANNELS: tl.constexpr):
-    channel = block * CHANNELS + tl.arange(0, CHANNELS)
-    return channel, channel < channels
+def _tiles(rows, ROWS: tl.constexpr):
+    return (rows + ROWS - 1) // ROWS
 
 
 @triton.jit
-def _stretch(rows, stretch):
-    """First row and end of this program's."""
-    first = tl.program_id(0).to(tl.int64) * stretch
-    return first, tl.minimum(first + stretch, rows)
+def _rows_of(number, ROWS: tl.constexpr):
+    """Those of a tile. They stay under 2^31 as long as a batch has fewer than 100,000 images; values do not."""
+    return number * ROWS + tl.arange(0, ROWS)
 
 
 @triton.jit
-def _tile(row, end, channel, inside, channels, ROWS: tl.constexpr):
-    """Places and mask of the values from `row` on."""
-    here = row + tl.arange(0, ROWS)
-    return here[:, None] * channels + channel[None, :], (here < end)[:, None] & inside[None, :]
+def _tile(number, rows, channel, inside, channels, ROWS: tl.constexpr):
+    """Places and mask of a tile's values."""
+    row = _rows_of(number, ROWS)
+    return _places(row, channel, channels), (row < rows)[:, None] & inside[None, :]
+
+
+@triton.jit
+def _places(row, channel, channels):
+    """In memory, in 64 bits."""
+    return row.to(tl.int64)[:, None] * channels + channel[None, :]
 
 
 @triton.jit
@@ -684,17 +690,16 @@ def _correction(sums, count, inverse_std, channel, inside, channels):
 
 
 @triton.jit
-def _store_part(parts, NUMBER: tl.constexpr, part, channel, inside, channels):
-    stretch = NUMBER * tl.num_programs(0) + tl.program_id(0)
-    tl.store(parts + stretch.to(tl.int64) * channels + channel, part, mask=inside)
+def _store_part(parts, NUMBER: tl.constexpr, part, first, stretches, channel, inside, channels):
+    tl.store(parts + (NUMBER * stretches + first) * channels + channel, part, mask=inside)
 
 
 @triton.jit
 def _sum_parts(first_parts, second_parts, stretches, channel, inside, channels, CHANNELS: tl.constexpr):
     """Both sums of each channel over all stretches."""
-    STEP: tl.constexpr = 64
+    STEP: tl.constexpr = 256
     one, two = tl.full((STEP, CHANNELS), 0.0, tl.float32), tl.full((STEP, CHANNELS), 0.0, tl.float32)
-    for first in range(0, stretches, STEP):
+    for first in tl.range(0, stretches, STEP, num_stages=STAGES):
         here = first + tl.arange(0, STEP)
         place, mask = here[:, None] * channels + channel[None, :], (here < stretches)[:, None] & inside[None, :]
         one += tl.load(first_parts + place, mask=mask, other=0.0)

@@ -191,12 +191,16 @@ class FusedUpdate:
         addresses = [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
         if addresses == self._addresses:
             return
-        # A fresh buffer of torch's caching allocator, since the copy from the last may not be done yet. It is kept, so
-        # that a graph that the copy is captured in goes on finding it.
-        self._pinned = torch.tensor(addresses, dtype=torch.int64, pin_memory=self._gradients.is_cuda)
-        self._gradients.copy_(self._pinned, non_blocking=True)
         self._addresses = addresses
         self._aligned = self._table_aligned and _aligned(addresses, [])
+        if not (self._gradients.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.write_addresses()
+
+    def write_addresses(self) -> None:
+        """Write to the device where the gradients lie. To be called after a step has been recorded as a CUDA graph: a
+        replay would copy from memory of the host that has long been someone else's."""
+        addresses = torch.tensor(self._addresses, dtype=torch.int64, pin_memory=self._gradients.is_cuda)
+        self._gradients.copy_(addresses, non_blocking=True)
 
 
 def pack(hyper: Hyper) -> list[float]:

@@ -53,10 +53,14 @@ except KeyboardInterrupt:
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """What the environment must hold to join a cluster of two nodes, with a CPU each, that know nothing of shards."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    folder = tmp_path_factory.mktemp("elsewhere")
+    # Of their own: on a machine that has never run Ray nobody has one.
+    (folder / "token").write_text("0" * 64)
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
-        cwd=tmp_path_factory.mktemp("elsewhere"),
-        env=environment,
+        cwd=folder,
+        env=environment | access,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -65,7 +69,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     )
     assert process.stdout is not None
     try:
-        yield {"RAY_ADDRESS": process.stdout.readline().strip(), "RAY_AUTH_MODE": "token"}
+        yield {"RAY_ADDRESS": process.stdout.readline().strip(), **access}
         process.communicate(timeout=60)
     finally:
         if process.poll() is None:
