@@ -7,8 +7,8 @@
 [8·B, K] and [2·B, K]: "published" by a log-softmax a pair, "einsum" by one a view (`bench/baselines.py`),
 "torch" by `dino_fast.loss`, "triton" by `dino_fast.kernels`. "update" arms clip random gradients of the network, step
 SGD and average the teacher. "copy" arms move as many bytes within the device's memory as an ideal kernel would: student
-logits read twice and written once, teacher logits read twice, in the logits' type; 32 bytes a parameter. Figures of a
-round, over --iterations:
+logits read twice and written once, teacher logits read twice, in the logits' type; 32 bytes a parameter, and 4 more of
+what both networks keep in half precision. Figures of a round, over --iterations:
 
 - time: µs as a loop sees it, launches included;
 - device: µs that a GPU takes alone, the launches being made ahead (a recorded step has none); an arm that waits for the
@@ -41,7 +41,9 @@ from pipelines.crops import CropRecipe
 
 UNITS = {"time": "µs", "device": "µs", "copy share": "%"}
 VIEWS = 8
-UPDATE_BYTES = 32  # a parameter: gradient twice; weight, momentum and teacher read and written
+# A parameter's: gradient twice; weight, momentum and teacher read and written; and where both networks keep it in half
+# precision, as they do all but the last layer's and the norms', what is written there.
+UPDATE_BYTES, HALF_BYTES = 32, 4
 
 Figures = dict[str, float]  # by the names of UNITS
 Work = Callable[[], object]
@@ -85,7 +87,8 @@ def update_arms(recipe: Recipe, device: torch.device) -> dict[str, Work]:
     torch.manual_seed(0)
     pair = build_student_teacher(recipe.backbone, recipe.head)
     count = sum(parameter.numel() for parameter in pair[0].parameters())
-    arms: dict[str, Work] = {"update: copy": copy(UPDATE_BYTES * count // 2, device)}
+    halves = [layer.weight.numel() for layer in pair[0].modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    arms: dict[str, Work] = {"update: copy": copy((UPDATE_BYTES * count + HALF_BYTES * sum(halves)) // 2, device)}
     for name, kind in (("published", Published), ("stock", Stock)):
         step = kind(recipe, pair, steady(recipe), device)
         give_gradients(step.student)

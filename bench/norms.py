@@ -40,13 +40,15 @@ SIDE = 224
 # gradient of the sum. The stem's pooled tensors are a quarter, and its places half of that.
 PASSES = {"relu": 3 + 5, "add": 4 + 8, "join": 5 + 12, "pool": 2.375 + 4.25}
 WARPS = [{"num_warps": warps, "enable_fp_fusion": True} for warps in (4, 8)]
-SWEEP: list[dict[str, Any]] = [{"TILE": tile, "LAUNCH": launch} for tile in (2048, 4096, 8192) for launch in WARPS]
+SWEEP: list[dict[str, Any]] = [
+    {"TILE_BYTES": size, "LAUNCH": launch} for size in (4096, 8192, 16384) for launch in WARPS
+]
 SWEEP += [
     {"VALUE_PROGRAMS": 2},
     {"VALUE_PROGRAMS": 8},
     {"GRADIENT_PROGRAMS": 2},
     {"GRADIENT_PROGRAMS": 6},
-    {"QUADS": 512},
+    {"QUAD_BYTES": 1024},
 ]
 
 Figures = dict[str, float]  # by the names of UNITS

@@ -21,12 +21,13 @@ MARKERS = re.compile(r"(<!-- measured:begin -->\n).*?(<!-- measured:end -->)", r
 def newest(folder: Path) -> list[dict[str, Any]]:
     """The last record of each bench, source, arm and metric, in the order in which they were first seen."""
     found: dict[tuple[str, str, str, str], dict[str, Any]] = {}
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.rglob("*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
             if "bench" not in row:  # a run's own metrics
                 continue
-            found[row["bench"], path.name, row["arm"], row["metric"]] = {**row, "file": path.name}
+            file = path.relative_to(folder).as_posix()
+            found[row["bench"], file, row["arm"], row["metric"]] = {**row, "file": file}
     return list(found.values())
 
 

@@ -96,6 +96,7 @@ class Arm:
     step: Step
     views: Views
     held: int = 0  # bytes of the GPU's memory between its rounds
+    peak: int = 0  # and at most while it became warm: a recorded step's replays allocate nothing
 
     def run(self) -> None:
         self.step(*self.views)
@@ -209,11 +210,14 @@ def build_and_run(kind: Kind, recipe: Recipe, device: torch.device, steps: int) 
 
 def build_arm(kind: Kind, recipe: Recipe, device: torch.device) -> Arm:
     before = allocated(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     arm = Arm(kind.build(recipe, device), kind.views(recipe, device))
     if device.type == "cuda":
         for _ in range(WARM_UP):
             arm.run()
         torch.cuda.synchronize()
+        arm.peak = torch.cuda.max_memory_allocated() - before
     arm.held = allocated(device) - before
     return arm
 
@@ -251,8 +255,8 @@ def gpu_round(arm: Arm, steps: int) -> Figures:
     end.record()
     end.synchronize()
     arm.held = torch.cuda.memory_allocated() - others
-    memory = (torch.cuda.max_memory_allocated() - others) / 1e6
-    return {"step": start.elapsed_time(end) / steps, "host": host, "memory": memory}
+    memory = max(arm.peak, torch.cuda.max_memory_allocated() - others)
+    return {"step": start.elapsed_time(end) / steps, "host": host, "memory": memory / 1e6}
 
 
 def host_time(arm: Arm) -> float:

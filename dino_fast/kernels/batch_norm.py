@@ -28,10 +28,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dino_fast.sync_batchnorm import world_size
 
-# Values of each tensor that a program has in registers at once. Of 16-bit tensors each of its 128 threads then reads
-# 4 times 16 bytes before it waits.
-TILE = 4096
-QUADS = 1024  # the same for the stem, which holds twelve tiles
+# Bytes of each tensor that a program takes at once: each of its 128 threads reads 4 times 16 before it waits. With five
+# tensors, two tiles ahead of use, they take 82 kB of a multiprocessor's shared memory.
+TILE_BYTES = 8192
+QUAD_BYTES = 2048  # the same for the stem, which holds twelve tiles
 CHANNELS = 128  # channels a program takes, at most; of the stem half as many
 # Programs whose sums a channel is added up from, for each multiprocessor: as many as it holds at a time. What they take
 # next is on its way while they add, STAGES - 1 tiles ahead.
@@ -116,12 +116,12 @@ def _rows(x: Tensor) -> int:
 
 def _grid(x: Tensor, programs: int | None = None) -> _Grid:
     """For x's rows and channels; programs: how many a multiprocessor there are at most. None: one a tile."""
-    return _share_out(x, programs, TILE, CHANNELS)
+    return _share_out(x, programs, TILE_BYTES // x.element_size(), CHANNELS)
 
 
-def _pool_grid(pooled: Tensor, programs: int | None = None) -> _Grid:
+def _pool_grid(x: Tensor, places: Tensor, programs: int | None = None) -> _Grid:
     """As `_grid`, for the stem's tiles, over the pixels of its output."""
-    return _share_out(pooled, programs, QUADS, CHANNELS // 2)
+    return _share_out(places, programs, QUAD_BYTES // x.element_size(), CHANNELS // 2)
 
 
 def _share_out(x: Tensor, programs: int | None, tile: int, most_channels: int) -> _Grid:
@@ -261,7 +261,7 @@ class _NormReluPool(torch.autograd.Function):
         shape = batch, channels, triton.cdiv(height, 2), triton.cdiv(width, 2)
         y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
         places = torch.empty_like(y, dtype=torch.uint8)
-        grid = _pool_grid(y)
+        grid = _pool_grid(x, places)
         with torch.cuda.device_of(x):
             _pool[(grid.programs,)](
                 x, *layer.scaling, y, places, _rows(y), channels, height, width, *y.shape[2:],
@@ -276,14 +276,14 @@ class _NormReluPool(torch.autograd.Function):
     def backward(ctx: Any, one: Tensor | None, two: Tensor | None) -> tuple[Tensor | None, ...]:
         places, *saved = ctx.saved_tensors
         layer, (grad, more) = _Layer.of(saved), _both(one, two)
-        x, grid = layer.x, _pool_grid(places, GRADIENT_PROGRAMS)
+        x, grid = layer.x, _pool_grid(layer.x, places, GRADIENT_PROGRAMS)
         what = grad, more, places, x, *layer.scaling
         shape = _rows(places), x.shape[1], *x.shape[2:], *places.shape[2:]
         parts = x.new_empty(2, grid.stretches, x.shape[1], dtype=torch.float32)
         with torch.cuda.device_of(x):
             _pool_gradient_sums[(grid.programs,)](*what, parts, *shape, *grid.sizes, **LAUNCH)
         sums, everywhere = _settle_gradient(parts[0], parts[1], layer.statistics)
-        grad_x, grid = torch.empty_like(x), _pool_grid(places)
+        grad_x, grid = torch.empty_like(x), _pool_grid(x, places)
         with torch.cuda.device_of(x):
             _pool_gradient[(grid.programs,)](
                 *what, everywhere, layer.statistics.values, grad_x, *shape, *grid.sizes, **LAUNCH

@@ -8,7 +8,7 @@ maximum of s and the sum of exp((s − M)/T_s), the cross-entropy of a pair is (
 so that it takes three numbers a row, and one a pair, of which each stretch of the K prototypes yields its part:
 `_partials` reads all logits once and writes these parts, `_combine` makes image by image the loss of them, and
 `_gradient` reads the logits again and writes the gradient over the student's. Nothing waits for the GPU; all sums are
-in float32 and have a fixed order. Not measured on a GPU yet.
+in float32 and have a fixed order.
 """
 # In kernels Triton evaluates annotations, and takes constexpr alone:
 # mypy: allow-incomplete-defs

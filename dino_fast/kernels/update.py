@@ -4,7 +4,7 @@ First the sums that norms are made of, a chunk of a tensor a program; then what 
 the update, which reads and writes every value once: with SGD 28 bytes a parameter, and 4 more where both networks
 keep it in half precision, too. The rules are those of `dino_fast.optim`. A table of addresses stands for lists of
 tensors, and each tensor is walked in the order of its memory. Nothing waits for the device, and sums have a fixed
-order. Not measured on a GPU yet.
+order.
 """
 # In kernels Triton evaluates annotations, and takes constexpr alone:
 # mypy: allow-incomplete-defs

@@ -145,8 +145,8 @@ def test_a_level_far_from_zero_costs_no_digits() -> None:
 
 
 def test_several_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused, "TILE", 256)
-    monkeypatch.setattr(fused, "QUADS", 256)
+    monkeypatch.setattr(fused, "TILE_BYTES", 1024)
+    monkeypatch.setattr(fused, "QUAD_BYTES", 1024)
     for kind in KINDS:
         for programs in (3, 300):  # stretches of many tiles, and more of them than the small launch adds up at a time
             monkeypatch.setattr(fused, "VALUE_PROGRAMS", programs)
@@ -197,7 +197,8 @@ def test_a_resnet_is_torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     x = torch.randn(4, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
     y, theirs = network(x), exact(x.double())
-    slack = 1 if name == "resnet18" else 100  # 4·2·2 values a channel in the last stage; each norm multiplies errors
+    # The last stage has 4·2·2 values a channel, where each norm multiplies errors; cuDNN's float32 makes more of them.
+    slack = (1 if name == "resnet18" else 100) * (10 if DEVICE == "cuda" else 1)
     assert apart(y.detach(), theirs.detach()) < slack * 2e-5
     grad = torch.randn_like(y)
     y.backward(grad)
