@@ -15,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from dino_fast.backbones import build_backbone
 from dino_fast.config import Recipe
-from dino_fast.head import DinoHead, HeadRecipe
-from dino_fast.optim import parameter_groups, set_hyper
-from dino_fast.schedules import Hyper
-from dino_fast.step import MultiCropModel
-from dino_fast.sync_batchnorm import world_size
+from dino_fast.model.backbones import build_backbone
+from dino_fast.model.head import DinoHead, HeadRecipe
+from dino_fast.model.sync_batchnorm import world_size
+from dino_fast.run.schedules import Hyper
+from dino_fast.step.optimizers import parameter_groups, set_hyper
+from dino_fast.step.train_step import MultiCropModel
 
 Pair = tuple[MultiCropModel, MultiCropModel]  # student and teacher
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from bench.roofline import copy_bandwidth, gemm_rate
 from bench.step import choose_device
 from bench.timing import device_time, interleaved, keep_records, records, report
-from dino_fast.backbones import build_backbone
+from dino_fast.model.backbones import build_backbone
 
 UNITS = {"time": "µs", "bound": "%"}
 KERNELS = ("forward", "by weight", "by input")

@@ -285,7 +285,7 @@ tests() {
     does tests 150 30 40 OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest "${at_once[@]}" \
         -o addopts= --import-mode=importlib -p no:cacheprovider -q --tb=short -rfEsP -W default --timeout 90 \
         ${TESTS_K:+-k "$TESTS_K"} "${tiny[@]}" tests/test_gpu.py tests/pipelines/test_photometric_triton.py \
-        tests/dino_fast/test_kernel_*.py ${TESTS:-}
+        tests/dino_fast/*/test_kernel_*.py ${TESTS:-}
 }
 kernels() {
     bench kernels 50 20 kernels --rounds 3

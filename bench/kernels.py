@@ -5,7 +5,7 @@
 
 "loss" arms make the loss, its gradient by the student's logits, and the centre's new value from random logits
 [8·B, K] and [2·B, K]: "published" by a log-softmax a pair, "einsum" by one a view (`bench/baselines.py`),
-"torch" by `dino_fast.loss`, "triton" by `dino_fast.kernels`. "update" arms clip random gradients of the network, step
+"torch" by `dino_fast.step.loss`, "triton" by its kernels. "update" arms clip random gradients of the network, step
 SGD and average the teacher. "copy" arms move as many bytes within the device's memory as an ideal kernel would: student
 logits read twice and written once, teacher logits read twice, in the logits' type; 32 bytes a parameter, and 4 more of
 what both networks keep in half precision. Figures of a round, over --iterations:
@@ -33,9 +33,9 @@ from bench.step import choose_device, steady
 from bench.timing import attempt, device_time, interleaved, keep_records, records, report
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
-from dino_fast.head import HeadRecipe
-from dino_fast.loss import CenterUpdate
-from dino_fast.step import TrainStep, build_student_teacher
+from dino_fast.model.head import HeadRecipe
+from dino_fast.step.loss import CenterUpdate
+from dino_fast.step.train_step import TrainStep, build_student_teacher
 from dino_fast.train import build_step
 from pipelines.crops import CropRecipe
 

@@ -9,7 +9,7 @@ Figures of a round:
 
 - tick: µs of a call for a step that is not logged; on a GPU until its work is launched;
 - log: ms of a call for one that is; on a GPU with its wait for the device, which has nothing else to do;
-- look: ms of what a log asks besides: a forward pass of the teacher and its figures (`dino_fast/health.py`);
+- look: ms of what a log asks besides: a forward pass of the teacher and its figures (`dino_fast/run/health.py`);
 - background: percent of one core that other threads take while nothing is called: what the bar takes at most from the
   step, where that needs all cores;
 - share: percent of a step: (tick + (log + look) / log_every) / step, and the background.
@@ -35,9 +35,9 @@ from bench.step import KINDS, add_arguments, build_arm, choose_device, loader_vi
 from bench.timing import interleaved, keep_records, record, records, report
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
-from dino_fast.flops import flops_an_image
-from dino_fast.monitor import Monitor
-from dino_fast.step import StepOutput
+from dino_fast.model.flops import flops_an_image
+from dino_fast.run.monitor import Monitor
+from dino_fast.step.train_step import StepOutput
 from dino_fast.train import build_step, seen
 from pipelines.loader import Figures as LoaderFigures
 

@@ -4,9 +4,9 @@
                           [--json bench/results/X.jsonl]
 
 Every distinct layer of the backbone on the two global views of a batch, channels-last, in float16 (on a CPU float32).
-"triton" is `dino_fast.kernels.batch_norm`, "torch" the operations of torchvision's ResNet one after another, as cuDNN
-and ATen run them. "join" is an addition whose residual has a norm of its own. "network" sums all layers, each as often
-as it is there. Figures of a round:
+"triton" is `dino_fast.model.kernels.batch_norm`, "torch" the operations of torchvision's ResNet one after another, as
+cuDNN and ATen run them. "join" is an addition whose residual has a norm of its own. "network" sums all layers, each as
+often as it is there. Figures of a round:
 
 - time: µs of a forward and a backward pass; on a GPU what it takes alone, the launches being made ahead;
 - copy share: in percent, the time of a copy within the device's memory of as many bytes as two passes in each direction
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from bench.roofline import copy_bandwidth
 from bench.step import choose_device
 from bench.timing import device_time, interleaved, keep_records, records, report
-from dino_fast.backbones import build_backbone
+from dino_fast.model.backbones import build_backbone
 
 UNITS = {"time": "µs", "copy share": "%"}
 SIDE = 224
@@ -112,7 +112,7 @@ def by_torch(kind: str) -> Operation:
 
 
 def by_kernels(kind: str) -> Operation:
-    from dino_fast.kernels import batch_norm as fused
+    from dino_fast.model.kernels import batch_norm as fused
 
     def operate(x: Tensor, norm: nn.BatchNorm2d, residual: Tensor, around: nn.BatchNorm2d) -> tuple[Tensor, ...]:
         if kind in ("add", "join"):
@@ -148,7 +148,7 @@ def _tensor(batch: int, layer: Layer, device: torch.device, dtype: torch.dtype) 
 
 def with_sizes(sizes: Mapping[str, Any], work: Callable[[], Figures]) -> Figures:
     """A round with other constants of the kernels' module."""
-    from dino_fast.kernels import batch_norm as fused
+    from dino_fast.model.kernels import batch_norm as fused
 
     before = {name: getattr(fused, name) for name in sizes}
     try:

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from bench.baselines import Published
 from bench.step import choose_device, loader_views, plain_views, steady
 from bench.timing import record, report
-from dino_fast.compiled import compile_backbones
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
-from dino_fast.head import HeadRecipe
-from dino_fast.optim import OptimRecipe
-from dino_fast.schedules import Schedules
-from dino_fast.step import Precision, build_student_teacher
+from dino_fast.model.head import HeadRecipe
+from dino_fast.run.schedules import Schedules
+from dino_fast.step.compiled import compile_backbones
+from dino_fast.step.optimizers import OptimRecipe
+from dino_fast.step.train_step import Precision, build_student_teacher
+from dino_fast.step.update import LossScale
 from dino_fast.train import DTYPES, build_step
-from dino_fast.update import LossScale
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe, Loader
 from shards.index import ShardIndex

@@ -35,7 +35,7 @@ import torch
 
 from bench.timing import interleaved, keep_records, records, report
 from dino_fast.config import Recipe
-from dino_fast.flops import flops_an_image, head_flops, step_convolutions
+from dino_fast.model.flops import flops_an_image, head_flops, step_convolutions
 from dino_fast.train import DTYPES
 from pipelines.crops import CropRecipe
 

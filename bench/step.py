@@ -13,7 +13,7 @@ a round, over --steps steps:
 - images: a second;
 - step: ms; on a GPU between two events;
 - host: ms until the call of one step returns, the GPU being idle before it (GPU only);
-- compute: TFLOP/s of convolutions and matrix products, counted from the layers (`dino_fast/flops.py`);
+- compute: TFLOP/s of convolutions and matrix products, counted from the layers (`dino_fast/model/flops.py`);
 - memory: MB of the GPU's memory that the arm holds at its peak, its pictures included (GPU only);
 - ... roofline: percent of the bounds of `bench/roofline.py`, whose probes run in the same round (ResNet-50 only);
 - traffic: GB/s that a step with all pointwise work fused would move at this speed; eager ones move a third more;
@@ -44,16 +44,17 @@ from torch.profiler import ProfilerActivity, profile
 from bench import roofline
 from bench.baselines import Published, Stock
 from bench.timing import attempt, interleaved, json_lines, keep_records, records, report
-from dino_fast import kernels
-from dino_fast.backbones import BACKBONES
-from dino_fast.compiled import compile_backbones, why_not
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
-from dino_fast.flops import flops_an_image
-from dino_fast.graphed import GraphedStep
-from dino_fast.head import HeadRecipe
-from dino_fast.schedules import Hyper, scaled_lr
-from dino_fast.step import Precision, build_student_teacher
+from dino_fast.model import kernels as model_kernels
+from dino_fast.model.backbones import BACKBONES
+from dino_fast.model.flops import flops_an_image
+from dino_fast.model.head import HeadRecipe
+from dino_fast.run.schedules import Hyper, scaled_lr
+from dino_fast.step import kernels as step_kernels
+from dino_fast.step.compiled import compile_backbones, why_not
+from dino_fast.step.recorded import GraphedStep
+from dino_fast.step.train_step import Precision, build_student_teacher
 from dino_fast.train import DTYPES, build_step, set_up_math
 from pipelines.crops import CropRecipe
 
@@ -312,9 +313,15 @@ def our_kernels() -> dict[str, str]:
     files = {"dino_loss": "loss", "update": "update", "batch_norm": "batch norm"}
     return {
         name: files.get(file.stem, "other")
-        for file in sorted(Path(kernels.__file__).parent.glob("*.py"))
+        for folder in kernel_folders()
+        for file in sorted(folder.glob("*.py"))
         for name in launched(file.read_text())
     }
+
+
+def kernel_folders() -> list[Path]:
+    """Where our kernels are."""
+    return [Path(str(room.__file__)).parent for room in (model_kernels, step_kernels)]
 
 
 def launched(source: str) -> list[str]:

@@ -29,11 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command in ("knn", "linear"):
         return _evaluate(command, rest)
     if command == "plan":
-        from dino_fast.plan import main as plan
+        from dino_fast.advise.plan import main as plan
 
         return plan(rest)
     if command == "doctor":
-        from dino_fast.doctor import main as doctor
+        from dino_fast.advise.doctor import main as doctor
 
         return doctor(rest)
     if command in ("-h", "--help"):

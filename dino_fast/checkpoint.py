@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shards.errors import UserError
 from shards.layout import file_sha256
-from shards.output import sync_folder
+from shards.storage.output import sync_folder
 
 FORMAT = 1
 PAUSES = (10.0, 60.0, 300.0)  # seconds before a write that failed is tried again

@@ -26,9 +26,9 @@ from jsonargparse import (  # type: ignore[attr-defined]  # it exports by a list
 
 from dino_fast.durations import Duration, parse
 from dino_fast.evaluate.online import KnnRecipe
-from dino_fast.head import HeadRecipe
-from dino_fast.loss import LossRecipe
-from dino_fast.optim import OptimRecipe
+from dino_fast.model.head import HeadRecipe
+from dino_fast.step.loss import LossRecipe
+from dino_fast.step.optimizers import OptimRecipe
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe
 from pipelines.photometric import PhotometricRecipe

@@ -18,24 +18,24 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dino_fast import checkpoint
-from dino_fast.compiled import compile_backbones, why_not
 from dino_fast.config import Recipe, UsageError, differences, read_recipe, with_defaults
-from dino_fast.crop_sheet import write_crop_sheet
 from dino_fast.distributed import Ranks, join, lost_rank, parallel
 from dino_fast.evaluate.online import OnlineKnn
-from dino_fast.flops import flops_an_image
-from dino_fast.graphed import GraphedStep
-from dino_fast.health import PICTURES, Alarms, probe
-from dino_fast.initial import initialise
-from dino_fast.monitor import Monitor
-from dino_fast.optim import build_optimizer
-from dino_fast.schedules import Hyper, Schedules
-from dino_fast.step import Precision, TrainStep, build_student_teacher
-from dino_fast.stopping import PREEMPTED, StopSignal, nothing_to_lose
-from dino_fast.update import KernelUpdate
+from dino_fast.model.flops import flops_an_image
+from dino_fast.run.crop_sheet import write_crop_sheet
+from dino_fast.run.health import PICTURES, Alarms, probe
+from dino_fast.run.initial_weights import initialise
+from dino_fast.run.monitor import Monitor
+from dino_fast.run.schedules import Hyper, Schedules
+from dino_fast.run.signals import PREEMPTED, StopSignal, nothing_to_lose
+from dino_fast.step.compiled import compile_backbones, why_not
+from dino_fast.step.optimizers import build_optimizer
+from dino_fast.step.recorded import GraphedStep
+from dino_fast.step.train_step import Precision, TrainStep, build_student_teacher
+from dino_fast.step.update import KernelUpdate
 from pipelines.loader import Batch, Loader, open_index
 from shards.errors import UserError
-from shards.lock import locked
+from shards.storage.lock import locked
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -30,8 +30,8 @@ from pipelines.request import Decoder, Request, Undecodable
 from pipelines.stall import StallClock
 from shards.cache import CACHE_BYTES, Shelf
 from shards.errors import UserError
+from shards.images.decode import UndecodableError, decode
 from shards.index import BadSample, ShardIndex
-from shards.picture import UndecodableError, decode
 
 _READING = 5  # seconds for a request once its shards are at hand, and
 _MAKING = 60  # for a batch once its pictures are read, beyond `timeout`

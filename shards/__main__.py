@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from shards import lines, storage, workers
+from shards import messages
 from shards.arguments import (
     Parser,
     add_classes_option,
@@ -21,22 +21,24 @@ from shards.arguments import (
     add_workers_option,
     path,
 )
-from shards.check import check
 from shards.errors import UserError
+from shards.images.validate import Judge
 from shards.index import ShardIndex, open_records
-from shards.indexing import index
-from shards.info import describe, printable
-from shards.judge import Judge
+from shards.inspect.check import check
+from shards.inspect.info import describe, printable
+from shards.inspect.show import contact_sheet, save
 from shards.layout import MANIFEST_FILE, PARTS, PLAN_FILE, Manifest, load_manifest
-from shards.lines import say
-from shards.output import Folder, out_folder
-from shards.pack import TAKEN, Engine, Options, pack, refuse_overlap
-from shards.parts import OTHER_OUT, refuse_foreign
+from shards.messages import say
+from shards.packing import workers
+from shards.packing.index_tars import index
+from shards.packing.pack import TAKEN, Engine, Options, pack, refuse_overlap
+from shards.packing.parts import OTHER_OUT, refuse_foreign
 from shards.progress import progress
-from shards.show import contact_sheet, save
 from shards.sources import labels, subset
 from shards.sources.listing import Listing, few
 from shards.sources.scan import require, scan, scan_tars
+from shards.storage import files
+from shards.storage.output import Folder, out_folder
 
 _HALVES = ("train", "val")  # of --split-val
 
@@ -172,7 +174,7 @@ def _pack_into(out: Folder, arguments: argparse.Namespace) -> None:
         refuse_foreign(out, () if arguments.split_val is None else _HALVES)  # before anything is staged in it
     try:
         listing = _listed(arguments, out.work)
-        say(lines.listed(listing))
+        say(messages.listed(listing))
         _refuse_staged_far_away(arguments, listing, out)
         _pack_listing(arguments, listing, out)
     finally:
@@ -182,7 +184,7 @@ def _pack_into(out: Folder, arguments: argparse.Namespace) -> None:
 
 def _refuse_staged_far_away(arguments: argparse.Namespace, listing: Listing, out: Folder) -> None:
     is_staged = any(Path(path).parent == out.work for path in listing.containers)
-    if arguments.engine == "ray" and is_staged and storage.is_url(str(out)):
+    if arguments.engine == "ray" and is_staged and files.is_url(str(out)):
         raise UserError(
             f"{arguments.source} is unpacked on this machine, where Ray's other nodes do not see it; give a folder "
             "that they share as OUT, or leave --engine ray out"
@@ -218,10 +220,10 @@ def _classes(path: str) -> tuple[str, ...]:
     """The classes that a manifest, or that of a folder, knows. Raises UserError where there is none."""
     file = f"{path.rstrip('/')}/{MANIFEST_FILE}" if os.path.isdir(path) or not path.endswith(".json") else path
     mend = f"give the {MANIFEST_FILE} of the packed train set, or its folder"
-    if not storage.is_url(file) and not os.path.isfile(file):
+    if not files.is_url(file) and not os.path.isfile(file):
         raise UserError(f"--classes {path}: no {MANIFEST_FILE} there; {mend}")
     try:
-        return Manifest.from_json(storage.read_whole(file).decode()).classes
+        return Manifest.from_json(files.read_whole(file).decode()).classes
     except ValueError as error:
         raise UserError(f"--classes {path}: no manifest of make-shards ({error}); {mend}") from error
 
@@ -238,14 +240,14 @@ def _pack_one(arguments: argparse.Namespace, listing: Listing, out: Folder, name
     )
     with progress("packing") as tell:
         packed = pack(listing, out, options, arguments.workers, tell, _engine(arguments.engine))
-    for line in lines.packed(packed, str(out), time.monotonic() - began):
+    for line in messages.packed(packed, str(out), time.monotonic() - began):
         say(line)
 
 
 def _engine(name: str) -> Engine:
     if name == "local":
         return workers.run_tasks
-    from shards import ray_engine
+    from shards.packing import ray_engine
 
     return ray_engine.run_tasks
 
@@ -265,10 +267,10 @@ def _index(arguments: argparse.Namespace) -> int:
             listing = scan_tars(str(folder), names, arguments.format, lambda found: tell(found, 0))
         if arguments.classes:
             listing = labels.as_in(listing, _classes(arguments.classes), arguments.classes)
-        say(lines.listed(listing))
+        say(messages.listed(listing))
         with progress("indexing") as tell:
             manifest = index(listing, folder, _judge(arguments), arguments.workers, tell)
-    for line in (*lines.described(manifest, str(folder)), f"{time.monotonic() - began:.1f} s"):
+    for line in (*messages.described(manifest, str(folder)), f"{time.monotonic() - began:.1f} s"):
         say(line)
     return 0
 
@@ -291,7 +293,7 @@ def _check(arguments: argparse.Namespace) -> int:
         raise UserError(f"--report {arguments.report}: no such folder; make it first")
     with progress("checking") as tell:
         report = check(folder, arguments.workers, tell)
-    for line in lines.checked(report, folder, time.monotonic() - began):
+    for line in messages.checked(report, folder, time.monotonic() - began):
         say(line)
     if arguments.report:
         Path(arguments.report).write_text(report.to_json())
@@ -307,7 +309,7 @@ def _info(arguments: argparse.Namespace) -> int:
 
 
 def _show(arguments: argparse.Namespace) -> int:
-    if storage.is_url(arguments.folder):
+    if files.is_url(arguments.folder):
         raise UserError(f"{arguments.folder}: pictures are drawn from local shards; copy the folder here first")
     with ShardIndex(str(_existing(arguments.folder))) as samples:
         save(contact_sheet(samples, arguments.count, arguments.seed), arguments.grid)

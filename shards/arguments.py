@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
-from shards.info import printable
-from shards.judge import Judge
-from shards.pack import Options
+from shards.images.validate import Judge
+from shards.inspect.info import printable
+from shards.packing.pack import Options
 from shards.sources.scan import FORMATS
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -20,8 +20,8 @@ from typing import NamedTuple, Protocol
 
 from shards.errors import UserError
 from shards.layout import Shard, file_sha256
-from shards.output import Folder
-from shards.ranges import OpenFile
+from shards.storage.output import Folder
+from shards.storage.ranges import OpenFile
 
 CACHE_BYTES = 64 << 30  # unless another limit is asked for
 

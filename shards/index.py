@@ -15,9 +15,9 @@ import numpy as np
 from shards.cache import CACHE_BYTES, ShardCache
 from shards.errors import UserError
 from shards.layout import BLOCK, INDEX_FILE, RECORD, Manifest, load_manifest, size_problem
-from shards.output import Folder, LocalFolder, out_folder
-from shards.ranges import OpenFile
-from shards.storage import read_range
+from shards.storage.files import read_range
+from shards.storage.output import Folder, LocalFolder, out_folder
+from shards.storage.ranges import OpenFile
 
 _OPEN_FILES = 512  # at once: half of the usual limit of a process
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shards.errors import UserError
-from shards.fields import refuse_forged
+from shards.manifest_checks import refuse_forged
 
 if TYPE_CHECKING:
-    from shards.output import Folder
+    from shards.storage.output import Folder
 
 FORMAT_VERSION = 2
 INDEX_FILE = "index.npy"

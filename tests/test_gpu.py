@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 
 from dino_fast import checkpoint
-from dino_fast.compiled import compile_backbones
-from dino_fast.graphed import WARM_UP, GraphedStep
-from dino_fast.head import HeadRecipe
-from dino_fast.loss import LossRecipe, objective
-from dino_fast.optim import OptimRecipe, build_optimizer
-from dino_fast.schedules import Hyper
-from dino_fast.step import Precision, TrainStep, build_student_teacher
+from dino_fast.model.head import HeadRecipe
+from dino_fast.run.schedules import Hyper
+from dino_fast.step.compiled import compile_backbones
+from dino_fast.step.loss import LossRecipe, objective
+from dino_fast.step.optimizers import OptimRecipe, build_optimizer
+from dino_fast.step.recorded import WARM_UP, GraphedStep
+from dino_fast.step.train_step import Precision, TrainStep, build_student_teacher
+from dino_fast.step.update import LossScale
 from dino_fast.train import DTYPES
 from dino_fast.train import main as train
-from dino_fast.update import LossScale
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe, Loader
 from pipelines.photometric import STD, PhotometricRecipe
@@ -339,7 +339,7 @@ def test_recorded_and_compiled_runs_from_shards_learn_the_same(shards: Path, tmp
 
 @pytest.mark.parametrize("shape", [(256, 64, 112, 112), (256, 256, 56, 56), (512, 2048, 7, 7), (768, 512, 3, 3)])
 def test_fused_norms_are_torchs_at_full_size(shape: tuple[int, ...]):
-    from dino_fast.kernels.batch_norm import norm_add_relu
+    from dino_fast.model.kernels.batch_norm import norm_add_relu
 
     torch.manual_seed(0)
     x, residual, grad = (torch.randn(shape, device="cuda", dtype=torch.float16) * 2 + 1 for _ in range(3))
@@ -357,7 +357,7 @@ def test_fused_norms_are_torchs_at_full_size(shape: tuple[int, ...]):
 
 
 def test_fused_norms_take_more_than_2_to_the_31_values():
-    from dino_fast.kernels.batch_norm import norm_relu
+    from dino_fast.model.kernels.batch_norm import norm_relu
 
     norm = torch.nn.BatchNorm2d(64).cuda()
     x = torch.empty(2800, 64, 112, 112, device="cuda", dtype=torch.float16, memory_format=torch.channels_last)
@@ -372,7 +372,7 @@ def test_fused_norms_take_more_than_2_to_the_31_values():
 
 
 def test_the_fused_loss_is_the_reference_at_full_width():
-    from dino_fast.kernels.dino_loss import fused_dino_loss
+    from dino_fast.step.kernels.dino_loss import fused_dino_loss
 
     views, batch, width = 8, 16, 65536
     torch.manual_seed(0)

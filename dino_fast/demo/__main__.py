@@ -26,14 +26,14 @@ from dino_fast.distributed import join
 from dino_fast.durations import Duration
 from dino_fast.evaluate.features import load_backbone
 from dino_fast.evaluate.knn import knn_score
-from dino_fast.schedules import Schedules
+from dino_fast.run.schedules import Schedules
 from dino_fast.train import build_step, claimed, train
 from shards.errors import UserError
 from shards.index import ShardIndex
-from shards.lock import locked
-from shards.output import LocalFolder
-from shards.pack import Options, pack
+from shards.packing.pack import Options, pack
 from shards.sources.scan import scan
+from shards.storage.lock import locked
+from shards.storage.output import LocalFolder
 
 RECIPE = Path(__file__).resolve().parents[2] / "configs" / "cpu_demo.yaml"
 DRAWN = 108  # pictures drawn of each class

@@ -13,7 +13,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from dino_fast import checkpoint
-from dino_fast.backbones import build_backbone
+from dino_fast.model.backbones import build_backbone
 from pipelines.labelled import labelled_batches
 from pipelines.loader import default_threads
 from shards.arguments import Parser

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from dino_fast.backbones import evaluating
 from dino_fast.distributed import Ranks
 from dino_fast.durations import Duration
 from dino_fast.evaluate.features import BATCH
 from dino_fast.evaluate.knn import weighted_knn
+from dino_fast.model.backbones import evaluating
 from pipelines.labelled import labelled_batches
 from pipelines.loader import default_threads
 from shards.errors import UserError

@@ -15,11 +15,11 @@ from typing import IO
 
 import numpy as np
 
-from shards import storage
 from shards.errors import UserError
 from shards.layout import UNLABELLED
-from shards.sources.levels import refuse_loose, refuse_wrong_level
+from shards.sources.class_levels import refuse_loose, refuse_wrong_level
 from shards.sources.listing import Listing, few
+from shards.storage import files
 
 _MOST_NUMBERED = 1 << 20  # a larger number is no class's place
 _SYNSET = re.compile(r"n\d{8}(?=\s|$)")
@@ -102,10 +102,10 @@ def from_file(listing: Listing, path: str) -> Listing:
     Numbers of ILSVRC's ground-truth file become WordNet ids by the development kit's ``meta.mat``: beside the file, or
     give the kit's archive itself. Raises UserError for whatever does not fit.
     """
-    if not storage.is_url(path) and not os.path.isfile(path):
+    if not files.is_url(path) and not os.path.isfile(path):
         what = "a folder" if os.path.isdir(path) else "no such file"
         raise UserError(f"cannot read --labels {path}: {what}; give {_FILE}")
-    if not storage.is_url(path) and tarfile.is_tarfile(path):
+    if not files.is_url(path) and tarfile.is_tarfile(path):
         lines, names = _devkit(path)
     else:
         lines = _text(path).splitlines()
@@ -150,7 +150,7 @@ def _refuse_beyond(listing: Listing, places: list[int], classes: tuple[str, ...]
 
 def _text(path: str) -> str:
     try:
-        return storage.read_whole(path).decode("utf-8-sig")  # Excel begins its CSV files with a mark
+        return files.read_whole(path).decode("utf-8-sig")  # Excel begins its CSV files with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no text in UTF-8 ({error}); give {_FILE}") from error
 

@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from shards import storage
 from shards.errors import UserError
 from shards.layout import UNLABELLED
-from shards.sources import staged, tars, zips
-from shards.sources.kinds import FITTING, GIVE, classes_beside, is_webdataset, kind_of
+from shards.sources import staged_tars, tars, zips
+from shards.sources.archive_kinds import FITTING, GIVE, classes_beside, is_webdataset, kind_of
+from shards.sources.class_levels import below_common_folder, common_depth, refuse_splits
 from shards.sources.labels import by_folder, number
-from shards.sources.levels import below_common_folder, common_depth, refuse_splits
 from shards.sources.listing import LARGEST, STORED, Collector, Listing
 from shards.sources.tree import Entry, Tree, in_order
+from shards.storage import files
 
 # Looked at as well, to be left out by name and reason: shards hold JPEG, PNG and WebP.
 _OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
@@ -67,15 +67,15 @@ def is_archive(name: str) -> bool:
 
 
 def _is_folder(source: str) -> bool:
-    if storage.is_url(source):
+    if files.is_url(source):
         return not is_archive(source) and not glob.has_magic(source)
     return os.path.isdir(source)
 
 
 def _matching(source: str) -> list[str]:
     """The archives that SRC names: one, or those that match a pattern."""
-    if storage.is_url(source):
-        found = storage.matching(source) if glob.has_magic(source) else [source]
+    if files.is_url(source):
+        found = files.matching(source) if glob.has_magic(source) else [source]
     elif os.path.exists(source):
         if not os.path.isfile(source):
             raise UserError(f"{source} is neither a folder nor a file; {GIVE}")
@@ -141,7 +141,7 @@ def _archives(root: str, paths: list[str], format: str, stage: Path, tick: Tick)
     if kind == "zip":
         return _in_folders(root, paths, paths, _zip_members, format, tick)
     if kind == "compressed tar":
-        plain = [staged.decompressed(path, stage) for path in paths]
+        plain = [staged_tars.decompressed(path, stage) for path in paths]
     else:
         plain = paths
     if format == "webdataset" or (format == "auto" and is_webdataset(plain[0], paths[0])):
@@ -160,13 +160,13 @@ class _Found(NamedTuple):
 
 
 def _tar_members(path: str, name: str) -> Iterator[_Found]:
-    with storage.open_input(path) as file:
+    with files.open_input(path) as file:
         for member in tars.nested(file, name):
             yield _Found(member.name, member.size, member.offset)
 
 
 def _zip_members(path: str, name: str) -> Iterator[_Found]:
-    with storage.open_input(path) as file:
+    with files.open_input(path) as file:
         for member in zips.members(file, name):
             yield _Found(member.name, member.size, member.offset, min(member.packed, LARGEST), member.crc)
 
@@ -231,7 +231,7 @@ def _samples(
     """WebDataset tars. `names`: of the classes that labels are numbers of, where known."""
     collector, ignored = Collector(in_containers=True), 0
     for container, (path, prefix) in enumerate(zip(paths, _prefixes(paths), strict=True)):
-        with storage.open_input(plain[container]) as file:
+        with files.open_input(plain[container]) as file:
             for sample in tars.samples(tars.members(file, path)):
                 if sample.picture is None:
                     ignored += 1
@@ -257,10 +257,10 @@ def _label(file: BinaryIO, name: str, sample: tars.Sample) -> str | None:
 
 
 def _parquet(root: str, paths: list[str], stage: Path, tick: Tick) -> Listing:
-    labels = {path: staged.label_column(path) for path in paths}
+    labels = {path: staged_tars.label_column(path) for path in paths}
     for path in paths:
         if labels[path] != labels[paths[0]]:
             raise UserError(f"{path} has another label column, or other classes, than {paths[0]}; give one set as SRC")
     label = labels[paths[0]]
-    plain = [staged.from_parquet(path, stage, tick) for path in paths]
+    plain = [staged_tars.from_parquet(path, stage, tick) for path in paths]
     return _samples(root, "parquet", paths, plain, label.names if label else None, tick)

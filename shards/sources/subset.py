@@ -5,10 +5,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from shards import storage
 from shards.errors import UserError
 from shards.layout import UNLABELLED
 from shards.sources.listing import Listing, few
+from shards.storage import files
 
 _LIMIT, _SPLIT = 1, 2  # uses of the seed; the order within the shards is use 0
 
@@ -21,7 +21,7 @@ def draws(seed: int, use: int, count: int) -> np.ndarray:
 def names(text: str, known: Sequence[str]) -> list[str]:
     """Class names: between commas, or of a file, one a line. Raises UserError where there is none."""
     if os.path.isfile(text) and text not in known:
-        pieces = storage.read_whole(text).decode("utf-8-sig", "surrogateescape").splitlines()
+        pieces = files.read_whole(text).decode("utf-8-sig", "surrogateescape").splitlines()
     else:
         pieces = text.split(",")
     found = [piece.strip() for piece in pieces if piece.strip()]

@@ -9,8 +9,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import IO
 
-from shards import storage
 from shards.errors import UserError
+from shards.storage import files
 
 Entry = tuple[bytes, int]  # relative path, bytes
 _RUN = 250_000  # entries that are sorted in memory
@@ -32,11 +32,11 @@ class Tree:
 
     def files(self) -> Iterator[Entry]:
         """The files in any order."""
-        return self._objects() if storage.is_url(self.root) else self._walk()
+        return self._objects() if files.is_url(self.root) else self._walk()
 
     def _objects(self) -> Iterator[Entry]:
         folders = set()
-        for name, size in storage.walk(self.root):
+        for name, size in files.walk(self.root):
             parts = name.split("/")
             if any(part.startswith(".") for part in parts):
                 self.ignored += 1

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from bench import baselines
 from bench.baselines import Pair, Published, Stock
-from dino_fast.compiled import why_not
 from dino_fast.config import Recipe
-from dino_fast.head import HeadRecipe
-from dino_fast.loss import dino_loss
-from dino_fast.optim import OptimRecipe, build_optimizer
-from dino_fast.schedules import Hyper
-from dino_fast.step import TrainStep, build_student_teacher
+from dino_fast.model.head import HeadRecipe
+from dino_fast.run.schedules import Hyper
+from dino_fast.step.compiled import why_not
+from dino_fast.step.loss import dino_loss
+from dino_fast.step.optimizers import OptimRecipe, build_optimizer
+from dino_fast.step.train_step import TrainStep, build_student_teacher
 
 RECIPE = Recipe(
     precision="fp32",

@@ -23,10 +23,9 @@ from bench import end_to_end, roofline, step
 from bench.baselines import Network
 from bench.end_to_end import ALONE, FED, PUBLISHED, WARM_UP, Setting
 from bench.step import CLASSES, KINDS, PROBES, Arm, kernel_class
-from dino_fast import kernels
 from dino_fast.config import Recipe
-from dino_fast.flops import flops_an_image, head_flops
-from dino_fast.head import HeadRecipe
+from dino_fast.model.flops import flops_an_image, head_flops
+from dino_fast.model.head import HeadRecipe
 from pipelines.crops import CropRecipe
 from shards.__main__ import main as make_shards
 
@@ -231,7 +230,8 @@ def test_our_kernels_have_the_class_of_their_file():
 
 def test_no_two_files_launch_kernels_of_one_name():
     """A profile knows them by these alone."""
-    names = [name for file in Path(kernels.__file__).parent.glob("*.py") for name in step.launched(file.read_text())]
+    files = [file for folder in step.kernel_folders() for file in folder.glob("*.py")]
+    names = [name for file in files for name in step.launched(file.read_text())]
     assert sorted(names) == sorted(set(names))
 
 

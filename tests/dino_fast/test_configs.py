@@ -11,8 +11,8 @@ import yaml
 from torch.distributed.run import get_args_parser
 
 from dino_fast.__main__ import main as dino_fast
+from dino_fast.advise.plan import main as plan
 from dino_fast.config import Recipe, look_up, read_recipe, settings_of
-from dino_fast.plan import main as plan
 from shards.__main__ import main as make_shards
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -23,13 +23,14 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast import checkpoint, initial
+from dino_fast import checkpoint
 from dino_fast.__main__ import main as dino_fast
-from dino_fast.head import HeadRecipe
-from dino_fast.initial import initialise
-from dino_fast.loss import LossRecipe
-from dino_fast.optim import OptimRecipe, build_optimizer
-from dino_fast.step import TrainStep, build_student_teacher
+from dino_fast.model.head import HeadRecipe
+from dino_fast.run import initial_weights as initial
+from dino_fast.run.initial_weights import initialise
+from dino_fast.step.loss import LossRecipe
+from dino_fast.step.optimizers import OptimRecipe, build_optimizer
+from dino_fast.step.train_step import TrainStep, build_student_teacher
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex

@@ -9,7 +9,7 @@ from signal import SIGCONT, SIGSTOP, SIGTERM, SIGUSR1
 
 import pytest
 
-from dino_fast.stopping import PREEMPTED
+from dino_fast.run.signals import PREEMPTED
 from tests.faults.conftest import Process
 from tests.faults.runs import (
     assert_as_if_nothing_had_happened,

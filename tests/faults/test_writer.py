@@ -11,11 +11,11 @@ from torch import Tensor
 
 from dino_fast import checkpoint
 from dino_fast.checkpoint import Writer
-from dino_fast.head import HeadRecipe
-from dino_fast.loss import LossRecipe
-from dino_fast.optim import OptimRecipe, build_optimizer
-from dino_fast.schedules import Hyper
-from dino_fast.step import TrainStep, build_student_teacher
+from dino_fast.model.head import HeadRecipe
+from dino_fast.run.schedules import Hyper
+from dino_fast.step.loss import LossRecipe
+from dino_fast.step.optimizers import OptimRecipe, build_optimizer
+from dino_fast.step.train_step import TrainStep, build_student_teacher
 from shards.errors import UserError
 from tests.faults.runs import half_written, steps_saved
 

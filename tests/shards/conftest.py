@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.pack import Options
-from tests.shards.packing import pack_tree
+from shards.packing.pack import Options
+from tests.shards.packing_helpers import pack_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from shards import remote
+from shards.storage import remote
 
 # Its standard input is ours: when that ends, however we end, the server does.
 _SERVER = """

@@ -21,12 +21,12 @@ import numpy as np
 import pytest
 
 from shards import cache as cache_module
-from shards import remote
 from shards.cache import Outcome, PageCache, ShardCache, readahead
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
 from shards.layout import Shard
-from shards.output import LocalFolder
+from shards.storage import remote
+from shards.storage.output import LocalFolder
 from tests.shards.manifests import forge
 from tests.shards.s3 import Server, s3_server
 

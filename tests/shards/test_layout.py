@@ -26,7 +26,7 @@ from shards.layout import (
     shard_name,
     tar_header,
 )
-from shards.output import LocalFolder
+from shards.storage.output import LocalFolder
 from tests.shards.manifests import sealed
 
 MANIFEST = Manifest(

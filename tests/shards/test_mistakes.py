@@ -21,10 +21,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards import workers
 from shards.__main__ import main
 from shards.index import ShardIndex
 from shards.layout import DUPLICATES_FILE, INDEX_FILE, MANIFEST_FILE, REJECTED_FILE
+from shards.packing import workers
 from tests.shards.archives import tar_of, zip_of
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,1 @@
+"""The networks: backbones, head, batch norm over ranks, and their arithmetic."""

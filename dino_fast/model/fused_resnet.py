@@ -1,0 +1,48 @@
+"""torchvision's ResNets in train mode with batch norm, addition, ReLU and pooling in a few passes over memory."""
+
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck
+
+from dino_fast.model.kernels.batch_norm import norm_add_relu, norm_relu, norm_relu_pool
+
+
+class FusedResNet(ResNet):
+    """`models.ResNet` with the same modules, parameters and results; in eval mode it is that."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W], channels-last → [N, D]."""
+        if not self.training:
+            return super().forward(x)
+        # Two operations take what a block gives: its first convolution, and what goes around the block.
+        inner, around = norm_relu_pool(self.conv1(x), self.bn1)
+        for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
+            inner, around = run_block(block, inner, around)
+        features: Tensor = self.fc(torch.flatten(self.avgpool(inner), 1))
+        return features
+
+
+def run_block(block: BasicBlock | Bottleneck, inner: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
+    """A block on twice the same tensor, and twice what it gives."""
+    layers = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
+    if not isinstance(block, BasicBlock):
+        layers.append((block.conv3, block.bn3))
+    *before, (last_conv, last_norm) = layers
+    for conv, norm in before:
+        inner = norm_relu(conv(inner), norm)
+    inner = last_conv(inner)
+    if block.downsample is None:
+        return norm_add_relu(inner, last_norm, around)
+    conv, norm = block.downsample
+    return norm_add_relu(inner, last_norm, conv(around), norm)
+
+
+def fuse_norms(network: nn.Module) -> bool:
+    """Make every torchvision ResNet in `network` a FusedResNet, in place; whether there was one."""
+    found = [module for module in network.modules() if type(module) is ResNet]
+    for module in found:
+        module.__class__ = FusedResNet
+    return bool(found)

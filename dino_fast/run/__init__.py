@@ -1,0 +1,1 @@
+"""What surrounds the training loop: schedules, logs, health, signals, checkpoints."""

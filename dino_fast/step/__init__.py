@@ -1,0 +1,1 @@
+"""One training step: loss, optimizers, update, and the forms in which it runs."""

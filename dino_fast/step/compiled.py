@@ -1,0 +1,29 @@
+"""torch.compile for the backbones: one static graph a resolution, and word of it where there is no compiler."""
+
+import torch
+
+from dino_fast.step.train_step import TrainStep
+
+
+def compile_backbones(step: TrainStep, backend: str = "inductor") -> None:
+    """Let both backbones be compiled when they first see a resolution.
+
+    Static graphs: a dynamic one for several sizes would lose the channels-last layout. The loss and the head stay as
+    they are: theirs are few and large operations.
+    """
+    for network in (step.bare_student, step.teacher):
+        network.backbone.compile(dynamic=False, backend=backend)
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be compiled for this device here, in one line; None where it can. Tries it, in seconds."""
+    try:
+        torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # whatever is missing: a C++ compiler, Triton, Python's headers
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return lines[0] if lines else type(error).__name__
+    return None
+
+
+def _probe(x: torch.Tensor) -> torch.Tensor:
+    return x.sin() * 2

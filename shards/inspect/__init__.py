@@ -1,0 +1,1 @@
+"""What is in a shard folder: held against its index, described, drawn."""

@@ -1,0 +1,1 @@
+"""Images into tar shards: the plan, one shard a task, their assembly."""

@@ -1,0 +1,488 @@
+"""Fresh runs from other runs' weights. Files in the published layouts are written here from torch's own modules, and
+the networks of a step that took them are held against those modules' outputs."""
+
+import argparse
+import copy
+import functools
+import io
+import re
+import warnings
+from dataclasses import replace
+from pathlib import Path, PosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision import models
+
+from dino_fast import checkpoint
+from dino_fast.config import read_recipe
+from dino_fast.model.head import HeadRecipe
+from dino_fast.run.initial_weights import initialise
+from dino_fast.run.schedules import Hyper
+from dino_fast.step.loss import LossRecipe
+from dino_fast.step.optimizers import OptimRecipe, build_optimizer
+from dino_fast.step.train_step import TrainStep, build_student_teacher
+from shards.errors import UserError
+
+HEAD = HeadRecipe(out_dim=48, hidden_dim=32, bottleneck_dim=16, layers=2, batch_norm=True)
+HYPER = Hyper(lr=0.05, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
+
+
+def a_step(head: HeadRecipe = HEAD, backbone: str = "resnet18") -> TrainStep:
+    torch.manual_seed(0)
+    student, teacher = build_student_teacher(backbone, head)
+    return TrainStep(student, teacher, build_optimizer(OptimRecipe(name="sgd"), student), LossRecipe())
+
+
+class PublishedHead(nn.Module):
+    """The published head, of torch's own layers; `plain`: as released, its last layer's weights are one matrix."""
+
+    def __init__(self, in_dim: int, recipe: HeadRecipe, plain: bool) -> None:
+        super().__init__()
+        width, layers = in_dim, []
+        for _ in range(recipe.layers - 1):
+            norm = [nn.BatchNorm1d(recipe.hidden_dim)] if recipe.batch_norm else []
+            layers += [nn.Linear(width, recipe.hidden_dim), *norm, nn.GELU()]
+            width = recipe.hidden_dim
+        last = nn.Linear(width, recipe.bottleneck_dim)
+        self.mlp = nn.Sequential(*layers, last) if layers else last
+        prototypes = nn.Linear(recipe.bottleneck_dim, recipe.out_dim, bias=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # torch would rather have it called otherwise
+            self.last_layer = prototypes if plain else nn.utils.weight_norm(prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+
+
+def stirred(name: str, value: Tensor) -> Tensor:
+    """What to add to a fresh weight, so that it is none any more, and to a variance, which must stay one."""
+    if not value.is_floating_point():
+        return torch.tensor(7)
+    return 0.01 * (torch.rand(value.shape) if name.endswith("running_var") else torch.randn(value.shape))
+
+
+@functools.cache
+def published_backbone(seed: int) -> nn.Module:
+    """Not to be changed."""
+    torch.manual_seed(seed)
+    backbone = models.resnet18(weights=None)
+    backbone.fc = nn.Identity()
+    for name, value in backbone.state_dict().items():
+        value += stirred(name, value)
+    return backbone.eval()
+
+
+class Published(nn.Module):
+    """A network with the published names and values that no network begins with, in evaluation mode."""
+
+    def __init__(self, seed: int, recipe: HeadRecipe = HEAD, plain: bool = False) -> None:
+        super().__init__()
+        self.backbone = published_backbone(seed)
+        torch.manual_seed(seed)
+        self.head = PublishedHead(512, recipe, plain)
+        for name, value in self.head.state_dict().items():
+            value += stirred(name, value)
+        self.eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.backbone(x))
+
+
+def prefixed(prefix: str, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+def full(student: dict[str, Tensor], teacher: dict[str, Tensor], center: Tensor) -> dict[str, Any]:
+    """What the published code saves: numpy's learning rates in the optimizer's state, and the arguments with a path."""
+    optimizer = torch.optim.SGD([torch.zeros(3)], lr=0.1, momentum=0.9)
+    optimizer.param_groups[0]["lr"] = np.float64(0.03)
+    return {
+        "student": student, "teacher": teacher, "optimizer": optimizer.state_dict(), "epoch": 100,
+        "args": argparse.Namespace(arch="resnet18", output_dir=PosixPath("/out"), warmup=np.int64(10)),
+        "dino_loss": {"center": center}, "fp16_scaler": {"scale": 65536.0},
+    }  # fmt: skip
+
+
+def state_of(step: TrainStep) -> dict[str, Any]:
+    return copy.deepcopy(step.state_dict())
+
+
+def require_equal(found: Any, expected: Any) -> None:
+    """Bit for bit, and of one type."""
+    if isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        require_equal([found[key] for key in expected], list(expected.values()))
+    elif isinstance(expected, list):
+        for one, other in zip(found, expected, strict=True):
+            require_equal(one, other)
+    elif isinstance(expected, Tensor):
+        assert found.dtype == expected.dtype
+        assert torch.equal(found, expected)
+    else:
+        assert found == expected
+
+
+def require_alike(ours: nn.Module, theirs: nn.Module) -> None:
+    """Equal outputs with running statistics, up to the rounding of other memory layouts."""
+    crops = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(crops)
+        found = ours.eval()([crops] if isinstance(theirs, Published) else crops)
+    assert expected.std() > 1e-3
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("plain", "change"),
+    [
+        (True, {"layers": 2, "hidden_dim": 64, "batch_norm": True}),
+        (False, {"layers": 3, "hidden_dim": 32, "batch_norm": False}),
+        (False, {"layers": 3, "hidden_dim": 32, "batch_norm": True, "norm_last_layer": False}),
+        (True, {"layers": 1, "batch_norm": False}),
+    ],
+    ids=str,
+)
+def test_a_full_published_checkpoint(tmp_path: Path, plain: bool, change: dict[str, Any]) -> None:
+    recipe = replace(HEAD, **change)
+    student, teacher, center = Published(1, recipe, plain), Published(2, recipe, plain), torch.randn(1, 48)
+    path = tmp_path / "checkpoint.pth"
+    torch.save(full(prefixed("module.", student.state_dict()), teacher.state_dict(), center), path)
+    step = a_step(recipe)
+    optimizer = state_of(step)["optimizer"]
+    lines = initialise(step, path)
+    assert lines[0] == (
+        f"started from {path}: backbone and head and centre of student and teacher; fresh: optimizer, step count"
+    )
+    require_equal(step.center, center)
+    require_equal(step.optimizer.state_dict(), optimizer)
+    require_alike(step.student, student)
+    require_alike(step.teacher, teacher)
+    frozen = recipe.norm_last_layer
+    assert [line.startswith("its prototypes stay") for line in lines[1:]] == [True] * frozen
+    assert step.bare_student.head.last_layer.weight_g.requires_grad is not frozen
+
+
+@pytest.mark.parametrize(
+    ("prefix", "legacy"), [("", True), ("backbone.", False), ("module.", False), ("module.backbone.", True)]
+)
+def test_a_backbone_alone(tmp_path: Path, prefix: str, legacy: bool) -> None:
+    backbone = published_backbone(1)
+    weights = {n: value for n, value in backbone.state_dict().items() if not legacy or "num_batches_tracked" not in n}
+    path = tmp_path / "pretrain.pth"
+    torch.save(prefixed(prefix, weights), path, _use_new_zipfile_serialization=not legacy)
+    step = a_step()
+    before = state_of(step)
+    (line,) = initialise(step, path)
+    assert line.endswith("backbone of one network for student and teacher; fresh: head, centre, optimizer, step count")
+    require_alike(step.bare_student.backbone, backbone)
+    require_equal(step.teacher.state_dict(), step.bare_student.state_dict())
+    require_equal(step.teacher.head.state_dict(), {n[5:]: v for n, v in before["teacher"].items() if n[:5] == "head."})
+    require_equal(step.center, torch.zeros(1, 48))
+
+
+def test_torchvisions_classifier_is_left_out(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    network = models.resnet18(weights=None)
+    torch.save(network.state_dict(), tmp_path / "resnet18.pth")
+    step = a_step()
+    lines = initialise(step, tmp_path / "resnet18.pth")
+    assert lines[1:] == [f"left out of {tmp_path / 'resnet18.pth'}: fc.bias, fc.weight"]
+    require_equal(step.teacher.state_dict()["backbone.layer4.1.bn2.weight"], network.layer4[1].bn2.weight.data)
+    require_equal(step.teacher.backbone.conv1.weight, network.conv1.weight)
+
+
+def test_one_network_with_its_head_is_for_both(tmp_path: Path) -> None:
+    teacher = Published(2)
+    for name, state in (("one", teacher.state_dict()), ("only", {"teacher": teacher.state_dict()})):
+        torch.save(state, tmp_path / name)
+        step = a_step()
+        line = initialise(step, tmp_path / name)[0]
+        assert line.endswith(
+            "backbone and head of one network for student and teacher; fresh: centre, optimizer, step count"
+        )
+        require_alike(step.student, teacher)
+        require_alike(step.teacher, teacher)
+
+
+@pytest.fixture(scope="module")
+def another_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """The folder of a run with a checkpoint, after a step that told its networks apart; and its state."""
+    step = a_step()
+    step(torch.randn(4, 3, 32, 32), None, HYPER)
+    folder = tmp_path_factory.mktemp("another") / "run"
+    state = state_of(step)
+    checkpoint.save(folder, 12, {"recipe": {"seed": 1}, "data": "", "model": state})
+    return folder, state
+
+
+@pytest.mark.parametrize("how", ["file", "renamed", "folder", "damaged"])
+def test_a_checkpoint_of_ours(tmp_path: Path, another_run: tuple[Path, dict[str, Any]], how: str) -> None:
+    folder, state = another_run
+    (path,) = folder.iterdir()
+    if how == "renamed":
+        path = (tmp_path / "best.pt").resolve()
+        path.write_bytes(next(folder.iterdir()).read_bytes())
+    elif how == "damaged":
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+        (tmp_path / "step-00000013-0123456789abcdef.pt").write_bytes(path.read_bytes())
+        path = tmp_path
+    elif how == "folder":
+        path = folder
+    step = a_step()
+    optimizer = state_of(step)["optimizer"]
+    lines = initialise(step, path)
+    assert [line.endswith("is damaged: the checkpoint before is used") for line in lines[:-1]] == [True] * (
+        how == "damaged"
+    )
+    assert "backbone and head and centre of student and teacher" in lines[-1]
+    after = state_of(step)
+    for name in ("student", "teacher", "center"):
+        require_equal(after[name], state[name])
+    assert not torch.equal(after["student"]["backbone.conv1.weight"], after["teacher"]["backbone.conv1.weight"])
+    require_equal(after["optimizer"], optimizer)
+    assert state["optimizer"]["state"], "the other run's optimizer had none to take"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_types_are_converted(tmp_path: Path, dtype: torch.dtype) -> None:
+    student = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in Published(1).state_dict().items()
+    }
+    torch.save(full(student, student, torch.ones(1, 48, dtype=dtype)), tmp_path / "half.pth")
+    step = a_step()
+    initialise(step, tmp_path / "half.pth")
+    after = step.bare_student.state_dict()
+    require_equal(after, {name: value.to(after[name].dtype) for name, value in student.items()})
+    assert step.bare_student.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_run_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(full(Published(1).state_dict(), Published(2).state_dict(), torch.zeros(1, 48)), tmp_path / "full.pth")
+    step = a_step()
+    calls = []
+    monkeypatch.setattr(step.update, "loaded", lambda: calls.append(step.bare_student.backbone.conv1.weight.clone()))
+    initialise(step, tmp_path / "full.pth")
+    require_equal(calls, [Published(1).backbone.conv1.weight])  # once, when the values were there
+    before = state_of(step)
+    out = step(torch.randn(4, 3, 32, 32), None, HYPER)
+    assert out.loss.isfinite()
+    for name in ("student", "teacher"):
+        assert not torch.equal(before[name]["backbone.conv1.weight"], step.state_dict()[name]["backbone.conv1.weight"])
+
+
+# ---- What does not fit
+
+
+@pytest.fixture(scope="module")
+def untouched() -> tuple[TrainStep, dict[str, Any]]:
+    """A step that must not change, and its state."""
+    step = a_step()
+    return step, state_of(step)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, untouched: tuple[TrainStep, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
+    """A function that expects a file of `state` to be refused in one line, which it returns, by an untouched step."""
+    step, before = untouched
+    monkeypatch.setattr(step.update, "loaded", lambda: pytest.fail("it says that something was loaded"))
+
+    def refuse(state: Any) -> str:
+        path = tmp_path / "foreign.pth"
+        path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
+        with pytest.raises(UserError) as caught:
+            initialise(step, path)
+        require_equal(step.state_dict(), before)
+        line = str(caught.value)
+        assert line.startswith(str(path))
+        assert line.isprintable()
+        assert len(line) < 1000
+        return line.removeprefix(str(path))
+
+    return refuse
+
+
+def hollow(shapes: dict[str, Any]) -> dict[str, Tensor]:
+    """Ones of these shapes, which take no room in a file."""
+    return {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
+
+
+@functools.cache
+def resnet_shapes(name: str) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        network = getattr(models, name)(weights=None)
+    return {name: value.shape for name, value in network.state_dict().items()}
+
+
+def hollow_network(recipe: HeadRecipe = HEAD, plain: bool = False) -> dict[str, Tensor]:
+    """A published network with a resnet18, of ones."""
+    backbone = {name: shape for name, shape in resnet_shapes("resnet18").items() if not name.startswith("fc.")}
+    head = {name: value.shape for name, value in PublishedHead(512, recipe, plain).state_dict().items()}
+    return hollow({f"backbone.{n}": s for n, s in backbone.items()} | {f"head.{n}": s for n, s in head.items()})
+
+
+@pytest.mark.parametrize(
+    ("plain", "change"),
+    [
+        (False, {"layers": 3}),
+        (True, {"layers": 1}),
+        (False, {"batch_norm": False}),
+        (True, {"layers": 4, "hidden_dim": 40, "batch_norm": False, "bottleneck_dim": 24, "out_dim": 50}),
+        (False, {"layers": 11, "out_dim": 50}),
+    ],
+    ids=str,
+)
+def test_another_head_is_refused_with_the_settings_that_do(
+    refused, tmp_path: Path, plain: bool, change: dict[str, Any]
+) -> None:
+    recipe = replace(HEAD, **change)
+    weights = hollow_network(recipe, plain)
+    line = refused(full(weights, weights, torch.zeros(1, recipe.out_dim)))
+    assert line.startswith(": its student does not fit this run: ")
+    assert "head." in line
+    assert "backbone" not in line
+    flags = dict(re.findall(r"--head\.(\w+) (\w+)", line.partition("; pass ")[2]))
+    expected = {name: str(value).lower() for name, value in change.items()}
+    assert {name: value for name, value in flags.items() if name in change} == expected
+    read = {name: value == "true" if value in ("true", "false") else int(value) for name, value in flags.items()}
+    initialise(a_step(replace(HEAD, **read)), tmp_path / "foreign.pth")
+
+
+@pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101"])
+def test_another_backbone_is_refused_with_its_name(refused, backbone: str) -> None:
+    line = refused(hollow(resnet_shapes(backbone)))
+    assert line.endswith(f"; pass --backbone {backbone}")
+    assert re.match(r": its network does not fit this run: \d+ unexpected \(backbone.*?, …\)", line)
+
+
+def test_a_backbone_that_is_none_of_ours(refused) -> None:
+    line = refused(hollow(resnet_shapes("resnet152")))
+    assert line.endswith(
+        "its backbone is none of resnet18, resnet34, resnet50, resnet101, or not whole: pass another file"
+    )
+
+
+def test_keys_that_are_missing_unexpected_and_misshapen_are_counted_and_named(refused) -> None:
+    good = hollow_network()
+    bad = {name: value for name, value in good.items() if not name.startswith("backbone.layer4.1.bn2.")}
+    bad |= {"backbone.conv1.weight": torch.zeros(64, 1, 7, 7), "head.extra\n\x1b[31m": torch.zeros(3)}
+    for student, teacher, who in ((bad, good, "student"), (good, bad, "teacher")):
+        line = refused(full(student, teacher, torch.zeros(1, 48)))
+        assert line.startswith(f": its {who} does not fit this run: 4 missing (backbone.layer4.1.bn2.weight, ")
+        assert ", 1 unexpected (head.extra" in line
+        assert "1 misshapen (backbone.conv1.weight [64, 1, 7, 7] for [64, 3, 7, 7]); its backbone is none of" in line
+
+
+def test_a_head_in_one_network_alone_and_a_foreign_centre(refused) -> None:
+    whole = hollow_network()
+    bare = {name: value for name, value in whole.items() if name.startswith("backbone.")}
+    assert ": its student does not fit this run: 10 missing (head." in refused(full(bare, whole, torch.zeros(1, 48)))
+    line = refused(full(whole, whole, torch.zeros(1, 47)))
+    assert line.startswith(": its centre does not fit this run: 1 misshapen (center [1, 47] for [1, 48]); ")
+    assert "its centre is no tensor" in refused(full(whole, whole, [0.0] * 48))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("where", "value"), [("student", np.nan), ("teacher", np.inf), ("running", 1e300), ("center", -np.inf)]
+)
+def test_values_that_are_not_finite_are_refused(refused, where: str, value: float) -> None:
+    parts: dict[str, Any] = full(hollow_network(), hollow_network(), torch.zeros(1, 48))
+    holder, name = {
+        "student": (parts["student"], "backbone.conv1.weight"),
+        "teacher": (parts["teacher"], "head.last_layer.weight_v"),
+        "running": (parts["teacher"], "backbone.bn1.running_var"),
+        "center": (parts["dino_loss"], "center"),
+    }[where]
+    holder[name] = holder[name].double().clone(memory_format=torch.contiguous_format)
+    holder[name].view(-1)[-1] = value
+    assert f"has values that are not finite, in 1 keys ({name}); " in refused(parts)
+
+
+def test_a_count_of_another_shape_does_not_stop_it_half_way(tmp_path: Path) -> None:
+    weights = {name: torch.zeros(5) if "num_batches" in name else v for name, v in Published(1).state_dict().items()}
+    torch.save(weights, tmp_path / "odd.pth")
+    step = a_step()
+    initialise(step, tmp_path / "odd.pth")
+    require_alike(step.teacher, Published(1))
+
+
+def test_a_vision_transformer_is_refused_in_a_line(refused) -> None:
+    weights = hollow({"cls_token": [1, 1, 384], "patch_embed.proj.weight": [384, 3, 16, 16]})
+    line = " holds a vision transformer; pass a file of a ResNet (resnet18, resnet34, resnet50, resnet101)"
+    assert refused(weights) == line
+    assert (
+        refused(full(prefixed("module.backbone.", weights), prefixed("backbone.", weights), torch.ones(1, 9))) == line
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("kind", ["meta", "sparse", "complex", "quantized"])
+def test_tensors_that_are_not_just_numbers_are_refused(refused, kind: str) -> None:
+    tensor = torch.zeros(64, 3, 7, 7)
+    odd = {
+        "meta": tensor.to("meta"), "sparse": tensor.to_sparse(), "complex": tensor.to(torch.complex64),
+        "quantized": torch.quantize_per_tensor(tensor, 1, 0, torch.qint8),
+    }[kind]  # fmt: skip
+    assert ": conv1.weight is no tensor of numbers" in refused({**hollow_network(), "conv1.weight": odd})
+
+
+def test_what_holds_no_weights_is_refused(refused) -> None:
+    assert " holds no weights under epoch, state_dict;" in refused({"epoch": 3, "state_dict": {"a": torch.zeros(3)}})
+    for state in ([torch.zeros(3)], {"student": None, "teacher": {}}, {}, 3):
+        assert " holds no weights;" in refused(state)
+    assert ": epoch is no tensor of numbers" in refused({**hollow_network(), "epoch": 3})
+
+
+def test_what_is_no_file_of_weights_is_refused(refused) -> None:
+    whole = io.BytesIO()
+    torch.save(hollow_network(), whole)
+    for junk in (b"", b"hello world", bytes(1000), b"PK\x03\x04" + bytes(100), whole.getvalue()[:-2000]):
+        assert " is damaged, or no file of weights; pass a checkpoint" in refused(junk)
+
+
+def test_what_is_not_there(tmp_path: Path, untouched: tuple[TrainStep, dict[str, Any]]) -> None:
+    for path, words in ((tmp_path / "none.pth", "No such file"), (tmp_path, "no checkpoint in this folder")):
+        with pytest.raises(UserError, match=words) as caught:
+            initialise(untouched[0], path)
+        assert str(path) in str(caught.value)
+        assert "pass a checkpoint or a run's folder" in str(caught.value)
+    with pytest.raises(UserError, match="no such checkpoint"):
+        initialise(untouched[0], tmp_path / "step-00000001-0123456789abcdef.pt")
+
+
+# ---- The released ResNet-50, in its full size
+
+
+def released_resnet50() -> dict[str, Tensor]:
+    """The names and shapes of each of its networks: issue 189 of facebookresearch/dino."""
+    backbone = {f"backbone.{n}": s for n, s in resnet_shapes("resnet50").items() if not n.startswith("fc.")}
+    norm = {f"head.mlp.1.{name}": [4096] for name in ("weight", "bias", "running_mean", "running_var")}
+    head = {
+        "head.mlp.0.weight": [4096, 2048], "head.mlp.0.bias": [4096], **norm, "head.mlp.1.num_batches_tracked": [],
+        "head.mlp.3.weight": [256, 4096], "head.mlp.3.bias": [256], "head.last_layer.weight": [60000, 256],
+    }  # fmt: skip
+    return hollow(backbone | head)
+
+
+def test_the_released_resnet50_names_its_settings(refused) -> None:
+    line = refused(full(prefixed("module.", released_resnet50()), released_resnet50(), torch.zeros(1, 60000)))
+    flags = dict(re.findall(r"--(\S+) (\w+)", line.partition("; pass ")[2]))
+    sizes = {"head.hidden_dim": "4096", "head.bottleneck_dim": "256", "head.out_dim": "60000"}
+    assert flags == {"backbone": "resnet50"} | sizes  # 2 layers with batch norms are HEAD's, too
+
+
+@pytest.mark.slow
+def test_the_released_resnet50_fits_its_recipe(tmp_path: Path) -> None:
+    path, weights = tmp_path / "full.pth", released_resnet50()
+    torch.save(full(prefixed("module.", weights), weights, torch.zeros(1, 60000)), path)
+    recipe = read_recipe(["--config", str(Path(__file__).parents[3] / "configs" / "resnet50_800ep.yaml")])
+    step = a_step(recipe.head, recipe.backbone)
+    assert "backbone and head and centre of student and teacher" in initialise(step, path)[0]
+    for network in (step.bare_student, step.teacher):
+        assert all(v.eq(1).all() for n, v in network.state_dict().items() if not n.endswith("weight_g"))
+        require_equal(network.head.last_layer.weight_g.detach(), torch.full((60000, 1), 16.0))

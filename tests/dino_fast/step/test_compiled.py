@@ -1,0 +1,123 @@
+"""Compiled backbones: static graphs, one a resolution, whole, and the same numbers.
+
+Run as a program, this file is one of two ranks: `test_compiled.py RANK FOLDER`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.utils import counters
+
+from dino_fast.model.head import HeadRecipe
+from dino_fast.model.sync_batchnorm import convert_sync_batchnorm
+from dino_fast.run.schedules import Hyper
+from dino_fast.step import compiled
+from dino_fast.step.compiled import compile_backbones, why_not
+from dino_fast.step.loss import LossRecipe
+from dino_fast.step.optimizers import OptimRecipe, build_optimizer
+from dino_fast.step.train_step import Precision, TrainStep, build_student_teacher
+
+HYPER = Hyper(lr=0.01, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
+
+
+@pytest.fixture(autouse=True)
+def fresh() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def _step(precision: Precision = "fp32") -> TrainStep:
+    torch.manual_seed(0)
+    student, teacher = build_student_teacher("resnet18", HeadRecipe(out_dim=64, hidden_dim=32, bottleneck_dim=16))
+    return TrainStep(student, teacher, build_optimizer(OptimRecipe(), student), LossRecipe(), 3.0, precision)
+
+
+def _crops(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    r = torch.Generator().manual_seed(seed)
+    sizes = (8, 48), (12, 32)
+    views = (torch.randn(n, 3, side, side, generator=r) for n, side in sizes)
+    globals_, locals_ = (x.contiguous(memory_format=torch.channels_last) for x in views)
+    return globals_, locals_
+
+
+def test_each_resolution_is_one_whole_graph() -> None:
+    plain, step = _step(), _step()
+    compile_backbones(step, backend="aot_eager")
+    for number in range(3):
+        expected, out = plain(*_crops(number), HYPER), step(*_crops(number), HYPER)
+        assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-4)
+        if number == 0:
+            first = counters["stats"]["unique_graphs"]
+    assert sum(counters["graph_break"].values()) == 0
+    assert first == counters["stats"]["unique_graphs"] == 3  # the student's two resolutions, the teacher's one
+    assert step.state_dict()["student"].keys() == plain.state_dict()["student"].keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_a_compiler_makes_of_it_is_the_same(precision: Precision) -> None:
+    if problem := why_not(torch.device("cpu")):
+        pytest.skip(problem)
+    plain, step = _step(precision), _step(precision)
+    compile_backbones(step)
+    for number in range(3):
+        expected, out = plain(*_crops(number), HYPER), step(*_crops(number), HYPER)
+        assert out.loss.item() == pytest.approx(expected.loss.item(), rel=1e-3 if precision == "fp32" else 0.05)
+
+
+def test_without_a_compiler_it_says_why_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("no C++ compiler\n\nSet TORCHDYNAMO_VERBOSE=1")
+
+    monkeypatch.setattr(compiled.torch, "compile", fail)
+    assert why_not(torch.device("cpu")) == "no C++ compiler"
+
+
+def _rank(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    results = []
+    for compiling in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
+        convert_sync_batchnorm(model)
+        model.to(memory_format=torch.channels_last)
+        if compiling:
+            model.compile(dynamic=False, fullgraph=True, backend="aot_eager")
+        r = torch.Generator().manual_seed(rank)
+        x = torch.randn(4, 3, 12, 12, generator=r).contiguous(memory_format=torch.channels_last)
+        out = model(x)
+        (out * torch.randn(out.shape, generator=r)).sum().backward()
+        results.append(
+            {"out": out.detach(), "grads": [p.grad for p in model.parameters()], "state": model.state_dict()}
+        )
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow  # two processes that start a compiler
+def test_synchronised_batch_norm_compiles_whole(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    command = [sys.executable, __file__]
+    running = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]
+    try:
+        assert [process.wait(timeout=240) for process in running] == [0, 0]
+    finally:
+        for process in running:
+            process.kill()
+    for rank in range(2):
+        eager, whole = torch.load(tmp_path / f"{rank}.pt")
+        torch.testing.assert_close(whole, eager, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    _rank(int(sys.argv[1]), Path(sys.argv[2]))

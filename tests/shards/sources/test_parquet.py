@@ -1,0 +1,255 @@
+"""Hugging Face's tables as tars of samples, held against what was written."""
+
+import builtins
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shards.errors import UserError
+from shards.sources.parquet import label_column, to_tar
+
+pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+pq = pytest.importorskip("pyarrow.parquet")
+
+ROOT = Path(__file__).resolve().parents[3]
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+PICTURES = [os.urandom(number * 97 % 2000 + 1) for number in range(250)]
+
+
+def class_names(source: io.BytesIO, name: str) -> tuple[str, ...] | None:
+    """The names of the label column, if there are a column and names."""
+    label = label_column(source, name)
+    return label.names if label else None
+
+
+def rows_of(pictures: list[bytes]) -> Any:
+    return pa.array([{"bytes": data, "path": f"{n}.jpg"} for n, data in enumerate(pictures)], IMAGE)
+
+
+def features(**columns: dict[str, Any]) -> dict[bytes, bytes]:
+    return {b"huggingface": json.dumps({"info": {"features": columns}}).encode()}
+
+
+def parquet_of(columns: dict[str, Any], metadata: dict[bytes, bytes] | None = None, **options: Any) -> bytes:
+    file = io.BytesIO()
+    table = pa.table(columns).replace_schema_metadata(metadata)
+    pq.write_table(table, file, **{"row_group_size": 100, **options})
+    return file.getvalue()
+
+
+def tar_of(data: bytes) -> bytes:
+    target = io.BytesIO()
+    to_tar(io.BytesIO(data), "x.parquet", target, lambda rows: None)
+    return target.getvalue()
+
+
+def samples(data: bytes) -> list[tuple[bytes, str | None]]:
+    """Picture and label of each row, as tarfile reads what was written."""
+    with tarfile.open(fileobj=io.BytesIO(tar_of(data)), mode="r:") as tar:
+        files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    count = sum(name.endswith(".jpg") for name in files)
+    found = [(files.pop(f"{row:09d}.jpg"), files.pop(f"{row:09d}.cls", None)) for row in range(count)]
+    assert not files
+    return [(picture, None if label is None else label.decode()) for picture, label in found]
+
+
+def refused(data: bytes, message: str) -> None:
+    for attempt in (tar_of, lambda data: class_names(io.BytesIO(data), "x.parquet")):
+        with pytest.raises(UserError, match=message) as caught:
+            attempt(data)
+        assert "\n" not in str(caught.value)
+
+
+CLASSES = {"_type": "ClassLabel", "names": ["cat", "süßer Hund", "n01440764"]}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"compression": "zstd"}, {"use_dictionary": False, "write_page_checksum": True}]
+)
+def test_rows_become_samples_in_order(options: dict[str, Any]) -> None:
+    labels = [row % 3 for row in range(250)]
+    data = parquet_of({"image": rows_of(PICTURES), "label": labels}, features(label=CLASSES), **options)
+    assert pq.ParquetFile(io.BytesIO(data)).num_row_groups == 3
+    assert samples(data) == [(picture, str(label)) for picture, label in zip(PICTURES, labels, strict=True)]
+    assert class_names(io.BytesIO(data), "x") == ("cat", "süßer Hund", "n01440764")
+
+
+def test_written_tar_is_webdataset_in_ustar() -> None:
+    data = tar_of(parquet_of({"image": rows_of(PICTURES[:2]), "label": [7, 8]}))
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        assert [info.name for info in tar] == ["000000000.jpg", "000000000.cls", "000000001.jpg", "000000001.cls"]
+        assert tar.pax_headers == {}
+    assert len(data) % 512 == 0
+    assert data.endswith(bytes(1024))
+
+
+def test_source_stays_open_and_progress_is_heard() -> None:
+    source, heard = io.BytesIO(parquet_of({"image": rows_of(PICTURES)})), []
+    to_tar(source, "x", io.BytesIO(), heard.append)
+    assert not source.closed
+    assert heard == sorted(heard)
+    assert heard[-1] == len(PICTURES)
+    assert len(heard) >= 250 // 32
+
+
+def test_rows_without_picture_are_empty_members() -> None:
+    values = [None, {"bytes": None, "path": "a.jpg"}, {"bytes": b"", "path": None}, {"bytes": b"x", "path": None}]
+    assert samples(parquet_of({"image": pa.array(values, IMAGE)})) == [(b"", None)] * 3 + [(b"x", None)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "texts"),
+    [
+        (pa.array([3, None, -1], pa.int64()), ["3", None, None]),
+        (pa.array([3, 200, 0], pa.uint8()), ["3", "200", "0"]),
+        (pa.array(["cat", "", None]), ["cat", None, None]),
+        (pa.array(["cat", "dog", "cat"]).dictionary_encode(), ["cat", "dog", "cat"]),
+        (pa.array(["cat", "dog", "猫"], pa.large_string()), ["cat", "dog", "猫"]),
+        (pa.array([True, False, None]), ["1", "0", None]),
+        (pa.nulls(3), [None, None, None]),
+    ],
+    ids=lambda value: str(getattr(value, "type", "")),
+)
+def test_labels_of_all_types(labels: Any, texts: list[str | None]) -> None:
+    data = parquet_of({"image": rows_of(PICTURES[:3]), "label": labels})
+    assert [label for _, label in samples(data)] == texts
+
+
+@pytest.mark.parametrize("labels", [[1.0, 2.0], [[1], [2]], [b"a", b"b"]])
+def test_labels_of_other_types_are_refused(labels: list[Any]) -> None:
+    refused(parquet_of({"image": rows_of(PICTURES[:2]), "label": labels}), "^x.parquet: column 'label' holds ")
+
+
+def test_the_only_other_class_label_is_the_label() -> None:
+    columns = {"image": rows_of(PICTURES[:2]), "id": [5, 6], "breed": [1, 0]}
+    breed = features(breed=CLASSES, id={"_type": "Value", "dtype": "int64"}, image={"_type": "Image"})
+    assert [label for _, label in samples(parquet_of(columns, breed))] == ["1", "0"]
+    assert class_names(io.BytesIO(parquet_of(columns, breed)), "x") == ("cat", "süßer Hund", "n01440764")
+    two = parquet_of(columns, features(breed=CLASSES, id=CLASSES))
+    assert [label for _, label in samples(two)] == [None, None]
+    assert class_names(io.BytesIO(two), "x") is None
+    both = parquet_of({**columns, "label": [8, 9]}, breed)
+    assert [label for _, label in samples(both)] == ["8", "9"]
+    assert class_names(io.BytesIO(both), "x") is None
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        None,
+        {b"pandas": b"{}"},
+        {b"huggingface": b"no json"},
+        {b"huggingface": b"[]"},
+        {b"huggingface": b'{"info": {"features": [{"name": "label"}]}}'},
+        features(label={"_type": "ClassLabel"}),
+        features(label={"_type": "Value", "dtype": "int64"}),
+        {b"huggingface": b'{"info": {"features": {"label": "ClassLabel"}}}'},
+    ],
+)
+def test_no_class_names_without_metadata(metadata: dict[bytes, bytes] | None) -> None:
+    data = parquet_of({"image": rows_of(PICTURES[:2]), "label": [4, 5]}, metadata)
+    assert class_names(io.BytesIO(data), "x") is None
+    assert [label for _, label in samples(data)] == ["4", "5"]
+
+
+@pytest.mark.parametrize(
+    "columns",
+    [
+        {"picture": rows_of(PICTURES[:2]), "id": [1, 2]},
+        {"image": rows_of(PICTURES[:2]), "mask": rows_of(PICTURES[2:4])},
+        {"image": PICTURES[:2], "other": PICTURES[2:4]},
+        {"jpg": pa.array(PICTURES[:2], pa.large_binary()), "other": PICTURES[2:4]},
+        {"jpg": PICTURES[2:4], "photo": rows_of(PICTURES[:2])},
+        {"a.b": rows_of(PICTURES[:2]), "a": [1, 2]},
+    ],
+)
+def test_column_of_the_pictures(columns: dict[str, Any]) -> None:
+    assert [picture for picture, _ in samples(parquet_of(columns))] == PICTURES[:2]
+
+
+def test_ambiguous_and_missing_columns_are_named() -> None:
+    rows = rows_of(PICTURES[:2])
+    refused(
+        parquet_of({"left": rows, "right": rows, "id": [1, 2]}),
+        r"^x\.parquet: several columns may hold the pictures \('left', 'right'\); call the right one 'image'$",
+    )
+    refused(parquet_of({"jpg": PICTURES[:2], "png": PICTURES[:2]}), r"several columns .*'jpg', 'png'")
+    refused(
+        parquet_of({"url": ["a", "b"], "data": PICTURES[:2]}),
+        r"^x\.parquet: no column holds pictures \('url', 'data'\); call the right one 'image'$",
+    )
+
+
+WHOLE = parquet_of({"image": rows_of(PICTURES), "label": [1] * 250}, features(label=CLASSES))
+
+
+@pytest.mark.parametrize("data", [b"", b"PAR1", b"<html>" * 300, WHOLE[:5000], WHOLE[:-1], b"PAR1" * 10])
+def test_damaged_and_other_files(data: bytes) -> None:
+    refused(data, r"^x\.parquet is no parquet file, or damaged or cut off \(.*\); get it anew$")
+
+
+def test_flipped_bit_is_found_by_the_pages_checksum() -> None:
+    data = bytearray(parquet_of({"image": rows_of(PICTURES)}, compression="none", write_page_checksum=True))
+    data[data.index(PICTURES[200]) + 1] ^= 1
+    with pytest.raises(UserError, match=r"^x\.parquet is no parquet file, or damaged .*CRC"):
+        tar_of(bytes(data))
+
+
+def test_table_without_its_beginning() -> None:
+    assert class_names(io.BytesIO(WHOLE[100:]), "x") is not None  # it is at the end
+    with pytest.raises(UserError, match=r"^x\.parquet is no parquet file, or damaged"):
+        tar_of(WHOLE[100:])
+
+
+def test_disk_errors_are_not_taken_for_damage() -> None:
+    class Failing(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+        def write(self, data: object) -> int:
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        to_tar(Failing(WHOLE), "x", io.BytesIO(), lambda rows: None)
+    with pytest.raises(OSError, match="No space left"):
+        to_tar(io.BytesIO(WHOLE), "x", Failing(), lambda rows: None)
+
+
+def test_without_pyarrow_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole_import = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return whole_import(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    refused(WHOLE, r"^x\.parquet: reading parquet needs pyarrow; pip install pyarrow$")
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_memory_is_that_of_a_few_rows(tmp_path: Path) -> None:
+    path = tmp_path / "big.parquet"
+    options = {"compression": "none", "use_dictionary": False, "write_batch_size": 16}  # the latter makes small pages
+    with pq.ParquetWriter(path, pa.schema([("image", IMAGE)]), **options) as writer:
+        for group in range(2):
+            rows = [{"bytes": bytes([group, row % 256]) * 50_000, "path": None} for row in range(800)]
+            writer.write_table(pa.table({"image": pa.array(rows, IMAGE)}), row_group_size=800)
+    assert path.stat().st_size > 160e6
+    script = """
+import re, sys, pyarrow.parquet
+from shards.sources.parquet import to_tar
+peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+before = peak()
+to_tar(open(sys.argv[1], "rb"), "x", open("/dev/null", "wb"), lambda rows: None)
+print(peak() - before)
+"""
+    done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 50e6
