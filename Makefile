@@ -13,7 +13,7 @@ WANTED = { cat pyproject.toml constraints.txt; echo "$(EXTRAS)"; pwd; } | cksum
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow lint types clean
+.PHONY: help setup demo test slow lint types docs clean
 
 help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
@@ -37,7 +37,7 @@ setup: ## create or update .venv (nothing to do when it is up to date)
 	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"; \
 	$(WANTED) > $(STAMP).new; mv $(STAMP).new $(STAMP)
 
-demo: setup ## draw, pack, train and score on the CPU; IMAGES=/some/folder takes your own pictures
+demo: setup ## draw, pack, train and score on the CPU; IMAGES=/some/folder takes your own images
 	@$(PY) -m dino_fast.demo $(if $(IMAGES),--images "$$IMAGES")
 
 # Most tests wait for a process or keep one core busy: two at a time take little more than half as long.
@@ -53,6 +53,12 @@ lint: setup ## ruff: rules and format
 
 types: setup ## mypy
 	@$(PY) -m mypy
+
+docs: setup ## write the generated pages, and build the documentation into site/
+	@$(PY) -c "import material" 2>/dev/null \
+	  || $(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[$(EXTRAS),docs]"
+	@$(PY) -m docs.generate
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
 
 clean: ## remove caches only: never .venv, shards or outputs
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

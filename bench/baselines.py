@@ -1,9 +1,10 @@
-"""The training step without anything of ours: what `bench/step.py` measures ours beside.
+"""Run the training step without this project's code, to measure ours beside it.
 
-`Published` works as the published code does (facebookresearch/dino, `main_dino.py`); `Stock` is what someone who knows
-PyTorch makes of it without a kernel of their own. Both start from the weights of a `build_student_teacher` pair. A call
-with globals [2·B, 3, G, G] and locals [n·B, 3, L, L], both view-major, makes one update and returns the loss, a scalar
-on their device. In float32 each equals a step of `TrainStep`. Learning rate and the like, one `Hyper`, stay as given.
+`Published` works as the published code does (facebookresearch/dino, `main_dino.py`). `Stock` is what somebody who knows
+PyTorch well makes of it, without a kernel of their own. Both start from the weights of a `build_student_teacher` pair.
+A call with globals [2·B, 3, G, G] and locals [n·B, 3, L, L] makes one update, and returns the loss, a scalar on their
+device. Views are stacked: view 0 of all images, then view 1 of all images, and so on. In float32 each step equals a
+step of `TrainStep`. The hyper-parameters are given once and stay as they are.
 """
 
 import math
@@ -18,16 +19,16 @@ from torch.nn.utils.parametrizations import weight_norm
 from dino_fast.config import Recipe
 from dino_fast.model.backbones import build_backbone
 from dino_fast.model.head import DinoHead, HeadRecipe
+from dino_fast.model.student_teacher import MultiCropModel
 from dino_fast.model.sync_batchnorm import world_size
-from dino_fast.run.schedules import Hyper
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.optimizers import parameter_groups, set_hyper
-from dino_fast.step.train_step import MultiCropModel
 
 Pair = tuple[MultiCropModel, MultiCropModel]  # student and teacher
 
 
 class Head(nn.Module):
-    """The DINO head with torch's own weight norm: features [N, width] → logits [N, K]."""
+    """The DINO head with torch's own weight norm. Maps features [N, width] to logits [N, K]."""
 
     def __init__(self, width: int, recipe: HeadRecipe) -> None:
         super().__init__()
@@ -41,7 +42,7 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """torchvision's ResNet, a forward for each resolution, and the head on all of their features together."""
+    """torchvision's ResNet, which runs once for each resolution, and the head on all features together."""
 
     def __init__(self, backbone: str, head: HeadRecipe) -> None:
         super().__init__()
@@ -49,14 +50,16 @@ class Network(nn.Module):
         self.head = Head(width, head)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
-        """crops: [n_i, 3, H_i, W_i] each → logits [Σ n_i, K], in the same order."""
+        """Map crops, [n_i, 3, H_i, W_i] each, to logits [Σ n_i, K] in the same order."""
         batches = [list(same) for _, same in groupby(crops, key=lambda crop: crop.shape[-1])]
         features = [self.backbone(batch[0] if len(batch) == 1 else torch.cat(batch)) for batch in batches]
         return self.head(torch.cat(features))
 
 
-def networks(recipe: Recipe, pair: Pair, device: torch.device, layout: torch.memory_format) -> tuple[Network, Network]:
-    """Student and teacher with the pair's weights, in train mode."""
+def build_networks(
+    recipe: Recipe, pair: Pair, device: torch.device, layout: torch.memory_format
+) -> tuple[Network, Network]:
+    """Return student and teacher with the pair's weights, in train mode."""
     student, teacher = (Network(recipe.backbone, recipe.head) for _ in pair)
     for network, model in zip((student, teacher), pair, strict=True):
         network.load_state_dict(model.state_dict())
@@ -65,14 +68,15 @@ def networks(recipe: Recipe, pair: Pair, device: torch.device, layout: torch.mem
 
 
 class Published:
-    """As published: a list of crops, float16 autocast with loss scaling on a GPU and float32 on a CPU, eager, a
-    log-softmax a pair, a loop over parameters to clip and one to average, and the host waiting in many places.
+    """The step as it was published.
 
-    With ranks the centre is averaged over them, which blocks; nothing else is.
+    It takes a list of crops and runs eagerly. On a GPU it uses float16 autocast and loss scaling, on a CPU float32.
+    Each pair of views has a log-softmax of its own. Loops over the parameters clip gradients and average the teacher.
+    The host waits in many places. With several ranks the center is averaged over them, which blocks; nothing else is.
     """
 
     def __init__(self, recipe: Recipe, pair: Pair, hyper: Hyper, device: torch.device) -> None:
-        self.student, self.teacher = networks(recipe, pair, device, torch.contiguous_format)
+        self.student, self.teacher = build_networks(recipe, pair, device, torch.contiguous_format)
         self.recipe, self.hyper, self.device, self.on_gpu = recipe, hyper, device, device.type == "cuda"
         self.center = torch.zeros(1, recipe.head.out_dim, device=device)
         self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9)
@@ -96,7 +100,7 @@ class Published:
         return loss.detach()
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, views: int) -> Tensor:
-        """The mean of the 2V − 2 pairs' cross-entropies, each computed from the logits on. Moves the centre."""
+        """Return the mean cross-entropy of the 2V − 2 pairs, each computed from the logits. Moves the center."""
         predictions = (student_logits / self.recipe.loss.student_temp).chunk(views)
         targets = torch.softmax((teacher_logits - self.center) / self.hyper.teacher_temp, dim=-1).detach().chunk(2)
         terms = [
@@ -110,6 +114,7 @@ class Published:
 
     @torch.no_grad()
     def move_center(self, teacher_logits: Tensor) -> None:
+        """Move the center towards the mean of the teacher's logits over all ranks."""
         total = teacher_logits.sum(dim=0, keepdim=True)
         if world_size() > 1:
             dist.all_reduce(total)
@@ -117,12 +122,16 @@ class Published:
         self.center = self.center * momentum + total / (len(teacher_logits) * world_size()) * (1 - momentum)
 
     def update(self) -> None:
+        """Update student and teacher."""
         move_student(self)
         self.move_teacher()
 
     @torch.no_grad()
     def clip_gradients(self) -> list[float]:
-        """Each by itself; their norms before, for a log. The host reads each twice, the second time to decide."""
+        """Clip each gradient by itself, and return the norms before, for a log.
+
+        The host reads each norm twice: once for the log, and once to decide.
+        """
         norms = []
         for parameter in self.student.parameters():
             if parameter.grad is not None:
@@ -135,21 +144,23 @@ class Published:
 
     @torch.no_grad()
     def move_teacher(self) -> None:
+        """Update the EMA teacher, one parameter after another."""
         momentum = self.hyper.momentum
         for average, latest in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
             average.mul_(momentum).add_((1 - momentum) * latest)
 
 
 class Stock:
-    """Well-tuned stock PyTorch: channels-last, autocast to bfloat16 unless the recipe says fp32, fused SGD, foreach
-    clipping and averaging, one log-softmax a view, and the backbones compiled where `compiled`. The host reads nothing.
+    """The step in well-tuned stock PyTorch.
 
-    Its last layer is torch's linear one and multiplies in bfloat16 under that autocast, which is coarser than ours.
-    Clipping and averaging are written out here so that they stay stock, whatever becomes of ours.
+    It is channels-last, with autocast to bfloat16 unless the recipe says fp32, fused SGD, foreach clipping and
+    averaging, and one log-softmax for each view. With `compiled` torch.compile compiles the backbones. The host reads
+    nothing. The last layer is torch's linear layer, which autocast runs in bfloat16. That is coarser than ours.
+    Clipping and averaging are written out here, so that they stay stock however ours may change.
     """
 
     def __init__(self, recipe: Recipe, pair: Pair, hyper: Hyper, device: torch.device, compiled: bool = False) -> None:
-        self.student, self.teacher = networks(recipe, pair, device, torch.channels_last)
+        self.student, self.teacher = build_networks(recipe, pair, device, torch.channels_last)
         self.recipe, self.hyper, self.device = recipe, hyper, device
         self.center = torch.zeros(1, recipe.head.out_dim, device=device)
         self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9, fused=True)
@@ -157,7 +168,7 @@ class Stock:
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # for `move_student`
         if compiled:
             for network in (self.student, self.teacher):
-                network.backbone.compile(dynamic=False)  # a static graph a resolution
+                network.backbone.compile(dynamic=False)  # one static graph for each resolution
 
     def __call__(self, globals_: Tensor, locals_: Tensor) -> Tensor:
         with self.autocast():
@@ -176,7 +187,7 @@ class Stock:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.precision != "fp32")
 
     def loss(self, student_logits: Tensor, teacher_logits: Tensor, views: int) -> Tensor:
-        """All pairs' cross-entropies by one product, less those of a view with itself."""
+        """Return the mean cross-entropy of the pairs: one product gives all, then those of a view with itself go."""
         batch = len(teacher_logits) // 2
         targets = torch.softmax((teacher_logits - self.center) / self.hyper.teacher_temp, dim=-1)
         log_p = torch.log_softmax(student_logits / self.recipe.loss.student_temp, dim=-1)
@@ -186,13 +197,14 @@ class Stock:
 
     @torch.no_grad()
     def update(self) -> None:
+        """Update student and teacher."""
         move_student(self)
         averages: list[Tensor] = list(self.teacher.parameters())
         latest: list[Tensor] = list(self.student.parameters())
         torch._foreach_lerp_(averages, latest, 1 - self.hyper.momentum)
 
     def clip_gradients(self) -> None:
-        """Each by itself."""
+        """Clip each gradient by itself."""
         grads = [parameter.grad for parameter in self.student.parameters() if parameter.grad is not None]
         norms = torch.stack(torch._foreach_norm(grads))
         shrink = (self.recipe.optim.clip_grad / (norms + 1e-6)).clamp(max=1.0)
@@ -200,7 +212,7 @@ class Stock:
 
 
 def move_student(step: Published | Stock) -> None:
-    """By its gradients: unscaled, clipped the step's way, without those of a frozen last layer."""
+    """Update the student by its gradients: unscale them, clip them, and drop those of a frozen last layer."""
     step.scaler.unscale_(step.optimizer)
     step.clip_gradients()
     if step.hyper.freeze_last_layer:
@@ -210,6 +222,6 @@ def move_student(step: Published | Stock) -> None:
 
 
 def drop_gradients(layer: nn.Module) -> None:
-    """Without a gradient, rather than with a zero one, a tensor gets neither weight decay nor momentum."""
+    """Remove the gradients of a layer. With zero gradients it would still get weight decay and momentum."""
     for parameter in layer.parameters():
         parameter.grad = None

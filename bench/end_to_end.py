@@ -1,20 +1,20 @@
-"""What the loader costs the training: the step alone on pictures that lie in memory, and the same step fed from shards.
+"""Measure what the loader costs the training: the step alone on crops in memory, and the same step fed from shards.
 
-    python -m bench.end_to_end SHARDS [--arm ours] [--batch 8] [--precision P] [--rounds 5] [--steps 10]
-                               [--decode auto] [--published] [--json bench/results/X.jsonl]
+    python -m bench.end_to_end SHARDS
+    python -m bench.end_to_end SHARDS --arm ours-compiled --published --json bench/results/end_to_end.jsonl
 
-Both arms take the same step (--arm: one of `bench/step.py`'s), in turn. "step alone" repeats one batch of the loader.
-"loader + step" begins to load afresh each round, and counts after WARM_UP steps, so that no batch is made ahead of the
-clock; between its rounds nothing is loaded. Figures of a round, over --steps steps:
+Both arms run the same step in turn. --arm names it, one of the arms of bench/step.py. "step alone" repeats one batch of
+the loader. "loader + step" starts to load again in each round. It counts after 8 steps, when all batches that were made
+before the clock started are used. Between its rounds nothing is loaded. The figures of a round over --steps steps:
 
-- images: a second;
-- step: ms;
-- stall: percent of the time for which the step stood waiting for batches, as the loader counts it;
-- of the step alone: percent of its images a second in the same round.
+- images: images a second;
+- step: ms a step;
+- stall: percent of the time for which the step waited for batches, as the loader counts it;
+- of the step alone: percent of the images a second of "step alone" in the same round.
 
-With --published a third arm has nothing of ours: `bench/baselines.py`'s published step, fed by `bench/peers.py`'s
-published loader, a worker process a core, from the shards' pictures as files. It counts once what the workers had made
-ahead is gone.
+With --published there is a third arm without our code: the published step of bench/baselines.py, fed by the published
+loader of bench/peers.py from the shards' images as files, with a worker process for each core. It counts after all that
+the workers had made ahead is used.
 """
 
 import argparse
@@ -28,132 +28,165 @@ from pathlib import Path
 import torch
 
 from bench import peers
-from bench.roofline import finished
-from bench.step import KINDS, Figures, Step, Views, add_arguments, choose_device, described, loader_views, recipe_of
-from bench.timing import interleaved, keep_records, records, report
+from bench.peer_views import Views as PeerViews
+from bench.records import make_records, report, save_partial
+from bench.step_arms import ARM_KINDS, Step, Views, make_loader_views
+from bench.step_recipe import add_recipe_arguments, build_recipe, choose_device, describe_recipe
+from bench.timing import Figures, read_clock, run_interleaved
 from dino_fast.config import Recipe
-from dino_fast.train import DTYPES
-from pipelines.loader import Batch, DataRecipe, Loader, default_threads
+from dino_fast.step.precision import DTYPES
+from pipelines.batch import Batch
+from pipelines.loader import DataRecipe, Loader, count_default_threads
 from shards.index import ShardIndex
 
-WARM_UP = 8  # steps: more than the loader's queues hold
+WARM_UP = 8  # steps, more than the loader's queues hold
 ALONE, FED, PUBLISHED = "step alone", "loader + step", "published loader + step"
 UNITS = {"images": "img/s", "step": "ms", "stall": "%", "of the step alone": "%"}
-FEEDABLE = [name for name, kind in KINDS.items() if kind.views is loader_views]
+FEEDABLE = [name for name, kind in ARM_KINDS.items() if kind.views is make_loader_views]
 
 
 @dataclass
-class Setting:
+class Setup:
     """What both arms are given."""
 
     step: Step
+    """the training step"""
     loader: Loader
+    """our loader"""
     batch: int
+    """images in a step"""
     steps: int
+    """steps in a round"""
     device: torch.device
-    places: Iterator[int] = field(default_factory=count)  # step numbers that have not been loaded yet
+    """where the step runs"""
+    round_numbers: Iterator[int] = field(default_factory=count)
+    """numbers of the rounds; each one loads other steps"""
 
 
-def views(batch: Batch) -> Views:
+def get_views(batch: Batch) -> Views:
+    """Return global and local views of a batch."""
     assert batch.locals is not None
     return batch.globals, batch.locals
 
 
-def first_batch(setting: Setting) -> Views:
-    """A batch of the loader, which loads nothing more."""
-    batches = setting.loader.batches(0, 1)
-    made = views(next(batches))
+def load_first_batch(setup: Setup) -> Views:
+    """Return the loader's first batch. The loader loads nothing more."""
+    batches = setup.loader.batches(0, 1)
+    views = get_views(next(batches))
     batches.close()
-    return made
+    return views
 
 
-def alone(setting: Setting, made: Views) -> Figures:
-    start = finished(setting.device)
-    for _ in range(setting.steps):
-        setting.step(*made)
-    return figures(setting, finished(setting.device) - start)
+def measure_alone(setup: Setup, views: Views) -> Figures:
+    """Return the figures of a round of the step alone."""
+    start = read_clock(setup.device)
+    for _ in range(setup.steps):
+        setup.step(*views)
+    return make_figures(setup, read_clock(setup.device) - start)
 
 
-def fed(setting: Setting) -> Figures:
-    place = next(setting.places) * (WARM_UP + setting.steps)
-    batches = setting.loader.batches(place, 10**12)
+def measure_fed(setup: Setup) -> Figures:
+    """Return the figures of a round of loader and step."""
+    first = next(setup.round_numbers) * (WARM_UP + setup.steps)
+    batches = setup.loader.batches(first, 10**12)
     try:
         for batch in islice(batches, WARM_UP):
-            setting.step(*views(batch))
-        start = finished(setting.device)
-        setting.loader.figures()  # counts from here on
-        for batch in islice(batches, setting.steps):
-            setting.step(*views(batch))
-        seconds = finished(setting.device) - start
-        return figures(setting, seconds) | {"stall": 100 * setting.loader.figures().stall / seconds}
+            setup.step(*get_views(batch))
+        start = read_clock(setup.device)
+        setup.loader.read_figures()  # so that the next reading counts from here
+        for batch in islice(batches, setup.steps):
+            setup.step(*get_views(batch))
+        seconds = read_clock(setup.device) - start
+        return make_figures(setup, seconds) | {"stall": 100 * setup.loader.read_figures().stall / seconds}
     finally:
         batches.close()
 
 
-def published_fed(step: Step, begin: Callable[[], Iterator[peers.Views]], cores: int, setting: Setting) -> Figures:
-    """begin: starts the published loader, whose workers hold two batches a core."""
-    batches = begin()
-    for made in islice(batches, 2 * cores):
-        step(*on_device(made, setting.device))
-    start = finished(setting.device)
-    for made in islice(batches, setting.steps):
-        step(*on_device(made, setting.device))
-    return figures(setting, finished(setting.device) - start)
+def measure_published(step: Step, start_loader: Callable[[], Iterator[PeerViews]], cores: int, setup: Setup) -> Figures:
+    """Return the figures of a round of the published loader and step. The loader's workers hold two batches a core."""
+    batches = start_loader()
+    for views in islice(batches, 2 * cores):
+        step(*move_views(views, setup.device))
+    start = read_clock(setup.device)
+    for views in islice(batches, setup.steps):
+        step(*move_views(views, setup.device))
+    return make_figures(setup, read_clock(setup.device) - start)
 
 
-def on_device(made: peers.Views, device: torch.device) -> Views:
-    moved = [view.to(device, non_blocking=True) for view in made]
+def move_views(views: PeerViews, device: torch.device) -> Views:
+    """Copy a peer's views to the device, and stack global and local views."""
+    moved = [view.to(device, non_blocking=True) for view in views]
     return torch.cat(moved[:2]), torch.cat(moved[2:])
 
 
-def figures(setting: Setting, seconds: float) -> Figures:
-    return {"images": setting.batch * setting.steps / seconds, "step": 1e3 * seconds / setting.steps}
+def make_figures(setup: Setup, seconds: float) -> Figures:
+    """Return images and step from the seconds of a round."""
+    return {"images": setup.batch * setup.steps / seconds, "step": 1e3 * seconds / setup.steps}
 
 
 def add_ratio(rounds: dict[str, list[Figures]]) -> None:
-    """Each round against the step alone in the same round."""
+    """Compare loader and step with the step alone of the same round."""
     for figure, plain in zip(rounds.get(FED, []), rounds.get(ALONE, []), strict=False):
         figure["of the step alone"] = 100 * figure["images"] / plain["images"]
 
 
 def build_loader(index: ShardIndex, recipe: Recipe, device: torch.device, data: DataRecipe) -> Loader:
-    """As train.py builds it."""
+    """Build the loader as training builds it."""
     return Loader(
         index, data, recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
         device=device, dtype=DTYPES[recipe.precision],
     )  # fmt: skip
 
 
-def main() -> None:
+def build_published_arm(setup: Setup, index: ShardIndex, folder: Path, recipe: Recipe) -> Callable[[], Figures]:
+    """Return the arm of --published. Writes the images of the shards into `folder`."""
+    peers.unpack(index, folder)
+    cores = count_default_threads()
+    start = partial(peers.load_published, folder, recipe.crops, recipe.augment, recipe.batch_size, cores)
+    return partial(measure_published, ARM_KINDS["published"].build(recipe, setup.device), start, cores, setup)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
+    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shards", type=Path)
-    add_arguments(parser)
-    parser.set_defaults(steps=50 if torch.cuda.is_available() else 10)
+    parser.add_argument("shards", type=Path, help="folder that make-shards wrote")
+    add_recipe_arguments(parser)
+    parser.set_defaults(steps=50 if gpu else 10)
     parser.add_argument(
-        "--arm", choices=FEEDABLE, default="ours-fused-graphed" if torch.cuda.is_available() else "ours"
+        "--arm", choices=FEEDABLE, default="ours-fused-graphed" if gpu else "ours", metavar="ARM",
+        help=f"the step: {', '.join(FEEDABLE)} (default %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--decode", choices=("auto", "dali", "torch"), default="auto", help="data.decode of the recipe (auto)"
     )
-    parser.add_argument("--decode", choices=("auto", "dali", "torch"), default="auto", help="`data.decode` of a recipe")
-    parser.add_argument("--published", action="store_true", help="the published loader and step, too")
-    options = parser.parse_args()
-    recipe, device = recipe_of(options), choose_device(options.precision)
-    if lacking := KINDS[options.arm].lacks(device):
-        raise SystemExit(f"--arm {options.arm}: {lacking}")
-    step = KINDS[options.arm].build(recipe, device)
-    with ShardIndex(options.shards) as index, tempfile.TemporaryDirectory() as files:
+    parser.add_argument("--published", action="store_true", help="measure the published loader and step, too")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure the arms, and report their records."""
+    options = parse_arguments()
+    recipe, device = build_recipe(options), choose_device(options.precision)
+    kind = ARM_KINDS[options.arm]
+    if problem := kind.find_problem(device):
+        raise SystemExit(f"--arm {options.arm} does not run here: {problem}")
+    step = kind.build(recipe, device)
+    with ShardIndex(options.shards) as index, tempfile.TemporaryDirectory() as folder:
         loader = build_loader(index, recipe, device, DataRecipe(decode=options.decode))
-        setting = Setting(step, loader, recipe.batch_size, options.steps, device)
-        arms = {ALONE: partial(alone, setting, first_batch(setting)), FED: partial(fed, setting)}
+        setup = Setup(step, loader, recipe.batch_size, options.steps, device)
+        arms: dict[str, Callable[[], Figures]] = {
+            ALONE: partial(measure_alone, setup, load_first_batch(setup)),
+            FED: partial(measure_fed, setup),
+        }
         if options.published:
-            peers.unpack(index, Path(files))
-            cores = default_threads()
-            begin = partial(peers.published, Path(files), recipe.crops, recipe.augment, recipe.batch_size, cores)
-            arms[PUBLISHED] = partial(published_fed, KINDS["published"].build(recipe, device), begin, cores, setting)
-        rounds = interleaved(arms, options.rounds, partial(keep_records, "end to end", UNITS, options.json))
+            arms[PUBLISHED] = build_published_arm(setup, index, Path(folder), recipe)
+        rounds = run_interleaved(arms, options.rounds, partial(save_partial, "end to end", UNITS, options.json))
     add_ratio(rounds)
-    print(f"{options.arm} from {options.shards}: {described(recipe, device)}")
-    for note in setting.loader.notes:
+    print(f"{options.arm} from {options.shards}: {describe_recipe(recipe, device)}")
+    for note in setup.loader.notes:
         print(note)
-    report(records("end to end", UNITS, rounds), options.json)
+    report(make_records("end to end", UNITS, rounds), options.json)
 
 
 if __name__ == "__main__":

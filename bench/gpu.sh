@@ -90,10 +90,10 @@ export PYTHONUNBUFFERED=1
 
 # ---- Running a command
 
-does() { # NAME LIMIT LEAST LINES COMMAND...: at most LIMIT seconds; nothing where fewer than LEAST are left
+run_limited() { # NAME LIMIT LEAST LINES COMMAND...: for at most LIMIT seconds; not if fewer than LEAST are left
     local name=$1 limit=$(($2 * slower)) least=$3 lines=$4 start=$SECONDS status left=$((limit_s - SECONDS - 5))
     shift 4
-    [ "$dry" = show ] && echo "\$ $(quoted "$@")" && return
+    [ "$dry" = show ] && echo "\$ $(quote "$@")" && return
     if [ "$left" -lt "$least" ]; then
         echo "== $name: left out, $left s are left of $limit_s"
         return 1
@@ -108,24 +108,24 @@ does() { # NAME LIMIT LEAST LINES COMMAND...: at most LIMIT seconds; nothing whe
     running=
     grep -h '^left out' "$results/$name.log" | sort -u | cut -c1-200
     tail -n "$lines" "$results/$name.log" | cut -c1-200
-    echo "== $name: status $status, $((SECONDS - start)) s of $limit; $(clock)"
+    echo "== $name: status $status, $((SECONDS - start)) s of $limit; $(print_clock)"
     collect
     return "$status"
 }
-clock() {
+print_clock() {
     [ "$limit_s" -lt "$unlimited" ] && echo "$SECONDS s used, $((limit_s - SECONDS)) s left" || echo "$SECONDS s used"
 }
-bench() { # NAME LIMIT LEAST MODULE ARGUMENTS...: its records go to NAME-gpu.jsonl, or to those of `records`
+run_bench() { # NAME LIMIT LEAST MODULE ARGUMENTS...: its records go to NAME-gpu.jsonl, or to those of `records`
     local name=$1 limit=$2 least=$3 module=$4 file=$results/${records:-$1}-gpu.jsonl
     shift 4
-    quiet
-    sizes "$module"
-    does "$name" "$limit" "$least" 50 "$python" -m "bench.$module" "$@" "${tiny[@]}" --json "$file"
+    end_background
+    choose_sizes "$module"
+    run_limited "$name" "$limit" "$least" 50 "$python" -m "bench.$module" "$@" "${tiny[@]}" --json "$file"
 }
-quoted() {
+quote() {
     printf '%q ' "$@"
 }
-sizes() { # COMMAND: `tiny` becomes what makes its arguments small; later arguments win
+choose_sizes() { # COMMAND: set `tiny` to arguments that make it small; later arguments win
     tiny=()
     [ "$dry" = 1 ] || return 0
     local images=(--batch 4 --seconds 0.1)
@@ -144,11 +144,11 @@ sizes() { # COMMAND: `tiny` becomes what makes its arguments small; later argume
     train | learn)
         tiny=(--device cpu --precision fp32 --backbone resnet18 --batch_size 4 --crops.global_size 32
             --crops.local_size 24 --crops.locals 2 --head.out_dim 64 --head.hidden_dim 32 --log_every 1)
-        if [ "$1" = learn ]; then tiny+=(--knn.every 2 --knn.pictures 20); else tiny+=(--max_steps 2); fi
+        if [ "$1" = learn ]; then tiny+=(--knn.every 2 --knn.images 20); else tiny+=(--max_steps 2); fi
         ;;
     esac
 }
-collect() { # What is there comes to $out: everything in one archive, and by themselves so many that eight files are all
+collect() { # Copy the results to $out: everything in one archive, and so many files beside it that there are eight
     local file files=("$results"/*-gpu.jsonl)
     [ -n "${OUT:-}" ] && files=("${files[@]:0:5}")
     case $call in
@@ -164,29 +164,29 @@ collect() { # What is there comes to $out: everything in one archive, and by the
 
 # ---- In the background
 
-link() { # CHAIN NAME COMMAND...: one more command of a chain, which runs when those before it are done
+add_to_chain() { # CHAIN NAME COMMAND...: one more command of a chain, which runs when those before it are done
     local file=$scratch/chain-$1 name=$2
     shift 2
-    [ "$dry" = show ] && echo "\$ $(quoted "$@")" && return
+    [ "$dry" = show ] && echo "\$ $(quote "$@")" && return
     printf 'start=$SECONDS; %s >%q 2>&1; echo "%s: status $?, $((SECONDS - start)) s" >>%q\n' \
-        "$(quoted env --default-signal=INT "$@")" "$results/$name.log" "$name" "$results/beside.txt" >>"$file"
+        "$(quote env --default-signal=INT "$@")" "$results/$name.log" "$name" "$results/beside.txt" >>"$file"
 }
-quiet() { # [SECOND]: wait for the background until this second, then end it
+end_background() { # [SECOND]: wait for the background until this second, then end it
     [ ${#chains[@]} -gt 0 ] || return 0
     local leader log
     for leader in "${chains[@]}"; do
         while kill -0 "$leader" 2>/dev/null && [ "$SECONDS" -lt "${1:-0}" ]; do sleep 0.5; done
     done
-    for leader in "${chains[@]}"; do end "$leader"; done
+    for leader in "${chains[@]}"; do end_process "$leader"; done
     chains=()
     cat "$results/beside.txt" 2>/dev/null # what is missing there was ended
     for log in "$results"/warm-*.log; do tail -n 1 "$log" | cut -c1-200; done
-    echo "== quiet: $(clock)"
+    echo "== quiet: $(print_clock)"
     collect
 }
-end() { # PROCESS: with its group and all its descendants
+end_process() { # PROCESS: end it with its group and all its descendants
     local process processes
-    processes=$(descendants "$1")
+    processes=$(list_descendants "$1")
     # shellcheck disable=SC2086
     kill -KILL -- "-$1" $processes 2>/dev/null
     wait "$1" 2>/dev/null
@@ -197,39 +197,39 @@ end() { # PROCESS: with its group and all its descendants
         done
     done
 }
-descendants() { # PROCESS
+list_descendants() { # PROCESS
     local child
     for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do
         echo "$child"
-        descendants "$child"
+        list_descendants "$child"
     done
 }
 
 # ---- Images
 
-drawn() { # PER_CLASS: draw some, once, and print their folder
+draw_images() { # PER_CLASS: draw images once, and print their folder
     if [ ! -e "$scratch/drawn" ]; then
         "$python" -c 'import sys; from pathlib import Path; from dino_fast.demo.draw import draw_dataset
 draw_dataset(Path(sys.argv[1]), per_class=int(sys.argv[2]), val_per_class=2, seed=0)' "$scratch/drawn" "$1" >&2
     fi
     echo "$scratch/drawn"
 }
-shards() { # Where they are
+find_shards() { # Print the folder of shards
     local folder=$scratch/shards count=150
     [ -n "${SHARDS:-}" ] && echo "$SHARDS" && return
     [ "$dry" = show ] && echo SHARDS && return
     [ -n "$dry" ] && count=4
-    [ -e "$folder" ] || "$python" -m shards pack "$(drawn "$count")/train" "$folder" >&2
+    [ -e "$folder" ] || "$python" -m shards pack "$(draw_images "$count")/train" "$folder" >&2
     echo "$folder"
 }
-imagenette() { # Where its two sets of shards are; nothing where they are not
+find_imagenette() { # Print the folder of its two sets of shards, or nothing
     local folder=${IMAGENETTE:-}
     [ "$dry" = show ] && folder=${folder:-IMAGENETTE}
     if [ -z "$folder" ] && [ -n "$dry" ]; then
         folder=$scratch/imagenette
         if [ ! -e "$folder" ]; then
-            "$python" -m shards pack "$(drawn 4)/train" "$folder/train" >&2
-            "$python" -m shards pack "$(drawn 4)/val" "$folder/val" --classes "$folder/train/manifest.json" >&2
+            "$python" -m shards pack "$(draw_images 4)/train" "$folder/train" >&2
+            "$python" -m shards pack "$(draw_images 4)/val" "$folder/val" --classes "$folder/train/manifest.json" >&2
         fi
     fi
     echo "$folder"
@@ -250,26 +250,26 @@ machine() {
         date -u +%FT%TZ
     } >"$results/machine.txt" 2>&1
     head -n 1 "$results/machine.txt"
-    echo "== machine: $(clock)"
+    echo "== machine: $(print_clock)"
 }
 warm_up() { # Two arms at a time: each holds some 20 GB of the GPU's memory
     local arm chain=0 dali=dali-gpu
     [ "$dry" = 1 ] && dali=dali-cpu
-    sizes loader
-    link dali dali "$python" -m bench.loader "$(shards)" --arm "$dali, crops alone" --cores "$(nproc)" --batch 128 \
-        --seconds 2 "${tiny[@]}" --json "$results/dali-gpu.jsonl"
-    sizes step
+    choose_sizes loader
+    add_to_chain dali dali "$python" -m bench.loader "$(find_shards)" --arm "$dali, crops alone" --cores "$(nproc)" \
+        --batch 128 --seconds 2 "${tiny[@]}" --json "$results/dali-gpu.jsonl"
+    choose_sizes step
     for arm in $STEP_ARMS; do
         case $arm in
         *compiled* | *graphed* | *aside*)
-            link "step-$((chain++ % 2))" "warm-$arm" TORCHINDUCTOR_COMPILE_THREADS=8 "$python" -m bench.step \
+            add_to_chain "step-$((chain++ % 2))" "warm-$arm" TORCHINDUCTOR_COMPILE_THREADS=8 "$python" -m bench.step \
                 --rounds 1 --steps 1 --only "$arm" "${tiny[@]}"
             ;;
         esac
     done
-    sizes train
-    link imagenette warm-imagenette TORCHINDUCTOR_COMPILE_THREADS=8 "$python" -m dino_fast train \
-        --config configs/imagenette_resnet18.yaml --data.train "$(shards)" --max_steps 2 --output "$scratch/warm" \
+    choose_sizes train
+    add_to_chain imagenette warm-imagenette TORCHINDUCTOR_COMPILE_THREADS=8 "$python" -m dino_fast train \
+        --config configs/imagenette_resnet18.yaml --data.train "$(find_shards)" --max_steps 2 --output "$scratch/warm" \
         ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
     for chain in "$scratch"/chain-*; do
         setsid bash "$chain" </dev/null >/dev/null 2>&1 &
@@ -279,24 +279,24 @@ warm_up() { # Two arms at a time: each holds some 20 GB of the GPU's memory
 tests() {
     local at_once=()
     "$python" -c 'import xdist' 2>/dev/null && at_once=(-n 8 --dist worksteal)
-    sizes tests
+    choose_sizes tests
     # Warnings are errors here, but those of the packages of another machine should not hide what is to be seen.
     # shellcheck disable=SC2086
-    does tests 150 30 40 OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest "${at_once[@]}" \
+    run_limited tests 150 30 40 OMP_NUM_THREADS=2 TORCHINDUCTOR_COMPILE_THREADS=2 "$python" -m pytest "${at_once[@]}" \
         -o addopts= --import-mode=importlib -p no:cacheprovider -q --tb=short -rfEsP -W default --timeout 90 \
         ${TESTS_K:+-k "$TESTS_K"} "${tiny[@]}" tests/test_gpu.py tests/pipelines/test_photometric_triton.py \
         tests/dino_fast/*/test_kernel_*.py ${TESTS:-}
 }
 kernels() {
-    bench kernels 50 20 kernels --rounds 3
+    run_bench kernels 50 20 kernels --rounds 3
 }
 augment() { # torch.compile spends minutes on its many shapes
-    bench augment 25 10 augment --only copy triton torch --rounds 3 --iterations 20
+    run_bench augment 25 10 augment --only copy triton torch --rounds 3 --iterations 20
 }
 step() { # [LIMIT]: if a kernel takes the whole process with it, once more the arms that were ready before
     local status arms part=$results/step-gpu.jsonl.partial
     # shellcheck disable=SC2086
-    bench step "${1:-160}" 50 step --rounds 3 --steps 8 --profile --kernels "$results/step-kernels.jsonl" \
+    run_bench step "${1:-160}" 50 step --rounds 3 --steps 8 --profile --kernels "$results/step-kernels.jsonl" \
         --only $STEP_ARMS
     status=$?
     [ "$status" -ne 0 ] && [ "$status" -ne 124 ] && [ -s "$part" ] || return "$status"
@@ -304,57 +304,57 @@ step() { # [LIMIT]: if a kernel takes the whole process with it, once more the a
 print(*dict.fromkeys(row["arm"] for row in map(json.loads, open(sys.argv[1])) if row["arm"] != "probes"))' "$part")
     mv "$part" "$results/step-broken.jsonl"
     # shellcheck disable=SC2086
-    records=step bench step-again 90 40 step --rounds 2 --steps 8 --profile --kernels "$results/step-kernels.jsonl" \
-        --only $arms
+    records=step run_bench step-again 90 40 step --rounds 2 --steps 8 --profile \
+        --kernels "$results/step-kernels.jsonl" --only $arms
 }
 train() { # As a user would start it
-    quiet
-    sizes train
-    does train 60 35 12 "$python" -m dino_fast train --config configs/resnet50_100ep.yaml --data.train "$(shards)" \
-        --crops.locals 6 --output "$scratch/run" --batch_size 128 --max_steps 60 --log_every 5 \
+    end_background
+    choose_sizes train
+    run_limited train 60 35 12 "$python" -m dino_fast train --config configs/resnet50_100ep.yaml \
+        --data.train "$(find_shards)" --crops.locals 6 --output "$scratch/run" --batch_size 128 --max_steps 60 --log_every 5 \
         --checkpoint.every "1000 steps" ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
-    keep "$scratch/run/metrics.jsonl" train-gpu.jsonl
+    keep_file "$scratch/run/metrics.jsonl" train-gpu.jsonl
 }
 loader() {
     local arm arms=(dali-gpu "hybrid, torch" "DALI's own operators, GPU")
     [ "$dry" = 1 ] && arms=(dali-cpu torch "DALI's own operators")
     for arm in "${arms[@]}"; do
-        records=loader bench "loader-${arm//[^a-zA-Z]/-}" 25 12 loader "$(shards)" --arm "$arm" --cores "$(nproc)" \
-            --batch 128 --seconds 3
+        records=loader run_bench "loader-${arm//[^a-zA-Z]/-}" 25 12 loader "$(find_shards)" --arm "$arm" \
+            --cores "$(nproc)" --batch 128 --seconds 3
     done
 }
 sweep() {
-    bench sweep 45 25 sweep "$(shards)" --decode dali --decode_device gpu --threads 8 16 --hw_decoder_load 0 0.4 0.99 \
-        --batch 128 --seconds 2
+    run_bench sweep 45 25 sweep "$(find_shards)" --decode dali --decode_device gpu --threads 8 16 \
+        --hw_decoder_load 0 0.4 0.99 --batch 128 --seconds 2
 }
 end_to_end() {
-    bench end-to-end 80 35 end_to_end "$(shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
+    run_bench end-to-end 80 35 end_to_end "$(find_shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
         ${DECODE:+--decode "$DECODE"}
 }
 learn() {
     local images seconds=${LEARN_S:-200} left=$((limit_s - SECONDS - 45)) # for `score`
-    images=$(imagenette)
+    images=$(find_imagenette)
     [ -n "$images" ] || { echo "== learn: left out, IMAGENETTE names no folder" && return 1; }
     [ -z "${LEARN_S:-}" ] && [ -n "${LIMIT_S:-}" ] && seconds=$left
     [ "$seconds" -gt "$left" ] && seconds=$left
     [ "$dry" = 1 ] && seconds=30
     local slower=1
-    quiet
-    sizes learn
-    stop=TERM does learn "$seconds" 20 15 "$python" -m dino_fast train --config configs/imagenette_resnet18.yaml \
+    end_background
+    choose_sizes learn
+    stop=TERM run_limited learn "$seconds" 20 15 "$python" -m dino_fast train --config configs/imagenette_resnet18.yaml \
         --data.train "$images/train" --knn.train "$images/train" --knn.val "$images/val" --knn.every 15 \
-        --knn.pictures 5000 --epochs "${EPOCHS:-100}" --output "$learn_run" \
+        --knn.images 5000 --epochs "${EPOCHS:-100}" --output "$learn_run" \
         ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
-    keep "$learn_run/metrics.jsonl" learn-gpu.jsonl
+    keep_file "$learn_run/metrics.jsonl" learn-gpu.jsonl
 }
 score() {
     local images
-    images=$(imagenette)
+    images=$(find_imagenette)
     [ -n "$images" ] || { echo "== score: left out, IMAGENETTE names no folder" && return 1; }
-    quiet
-    does score 30 10 6 "$python" -m dino_fast knn --checkpoint "$learn_run" --train "$images/train" \
+    end_background
+    run_limited score 30 10 6 "$python" -m dino_fast knn --checkpoint "$learn_run" --train "$images/train" \
         --val "$images/val" --resize 128 --crop 128
-    does teacher 15 5 2 "$python" -c 'import pathlib, sys, torch
+    run_limited teacher 15 5 2 "$python" -c 'import pathlib, sys, torch
 newest = sorted(pathlib.Path(sys.argv[1]).glob("step-*.pt"))[-1]
 state = torch.load(newest, map_location="cpu", weights_only=True)
 teacher = {name: value.half() if value.is_floating_point() else value
@@ -363,49 +363,49 @@ torch.save({"step": state["step"], "recipe": state["recipe"], "teacher": teacher
 print(f"{newest.name}: {len(teacher)} tensors")' "$learn_run" "$scratch/teacher.pt"
     [ -s "$scratch/teacher.pt" ] && split -b 15M -d "$scratch/teacher.pt" "$out/teacher.pt."
 }
-keep() { # FILE NAME
+keep_file() { # FILE NAME
     [ -s "$1" ] && cp "$1" "$results/$2" && collect
 }
 batches() {
     local size
     for size in 64 256; do
-        bench "step-$size" 150 50 step --rounds 3 --steps 10 --only published stock-compiled ours-fused-graphed \
+        run_bench "step-$size" 150 50 step --rounds 3 --steps 10 --only published stock-compiled ours-fused-graphed \
             --batch "$size"
     done
-    bench step-bf16 150 50 step --precision bf16 --rounds 3 --steps 10 --only stock-compiled ours-fused-graphed
+    run_bench step-bf16 150 50 step --precision bf16 --rounds 3 --steps 10 --only stock-compiled ours-fused-graphed
 }
 small() {
-    bench step-small 300 60 step --rounds 3 --steps 20 --batch 16 \
+    run_bench step-small 300 60 step --rounds 3 --steps 20 --batch 16 \
         --only stock-compiled ours ours-fused ours-fused-graphed ours-compiled ours-aside ours-graphed \
         ours-graphed-aside
 }
 norms() {
-    bench norms 60 20 norms --rounds 3
+    run_bench norms 60 20 norms --rounds 3
 }
 norms_sweep() {
-    bench norms-sweep 120 40 norms --rounds 2 --sweep
+    run_bench norms-sweep 120 40 norms --rounds 2 --sweep
 }
 convolutions() {
-    bench convolutions 60 20 convolutions --rounds 3
+    run_bench convolutions 60 20 convolutions --rounds 3
 }
 roofline() {
-    bench roofline 60 10 roofline --rounds 10
+    run_bench roofline 60 10 roofline --rounds 10
 }
 peers() {
-    bench peers 300 60 loader "$(shards)" --seconds 5 --rounds 2 --batch 128
+    run_bench peers 300 60 loader "$(find_shards)" --seconds 5 --rounds 2 --batch 128
 }
 doctor() {
-    quiet
-    sizes train
-    does doctor 120 30 20 "$python" -m dino_fast doctor --data "$(shards)" --config configs/resnet50_100ep.yaml \
-        --batch_size 128 "${tiny[@]}"
+    end_background
+    choose_sizes train
+    run_limited doctor 120 30 20 "$python" -m dino_fast doctor --data "$(find_shards)" \
+        --config configs/resnet50_100ep.yaml --batch_size 128 "${tiny[@]}"
 }
 
 first() {
     machine
     warm_up
     tests
-    quiet "$warm_until"
+    end_background "$warm_until"
     kernels
     augment
     step
@@ -430,7 +430,7 @@ part() { # NAME
     first | second | machine | tests | kernels | augment | step | train | loader | sweep | learn | score) "$1" ;;
     batches | small | norms | convolutions | roofline | peers | doctor) "$1" ;;
     warm-up) warm_up ;;
-    quiet) quiet "$warm_until" ;;
+    quiet) end_background "$warm_until" ;;
     end-to-end) end_to_end ;;
     norms-sweep) norms_sweep ;;
     bring-up) tests && train ;;
@@ -450,7 +450,7 @@ finish() { # Also when a signal ends this script
         done
         kill -KILL -- "-$running" 2>/dev/null
     fi
-    for leader in "${chains[@]}"; do end "$leader"; done
+    for leader in "${chains[@]}"; do end_process "$leader"; done
     [ "$dry" = show ] || collect
     rm -rf "$scratch"
     exit "$status"

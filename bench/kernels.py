@@ -1,183 +1,197 @@
-"""The loss and the update of a step by themselves: our kernels beside torch's operations and the published loops.
+"""Measure the loss and the update of a step alone: our kernels beside torch's operations and the published loops.
 
-    python -m bench.kernels [--batch 128] [--backbone resnet50] [--prototypes 65536] [--iterations 20] [--rounds 5]
-                            [--only ARM ...] [--json bench/results/X.jsonl]
+    python -m bench.kernels
+    python -m bench.kernels --batch 64 --only "loss fp32: torch" "loss fp32: copy" --json bench/results/kernels.jsonl
 
-"loss" arms make the loss, its gradient by the student's logits, and the centre's new value from random logits
-[8·B, K] and [2·B, K]: "published" by a log-softmax a pair, "einsum" by one a view (`bench/baselines.py`),
-"torch" by `dino_fast.step.loss`, "triton" by its kernels. "update" arms clip random gradients of the network, step
-SGD and average the teacher. "copy" arms move as many bytes within the device's memory as an ideal kernel would: student
-logits read twice and written once, teacher logits read twice, in the logits' type; 32 bytes a parameter, and 4 more of
-what both networks keep in half precision. Figures of a round, over --iterations:
+"loss" arms take random logits [8·B, K] and [2·B, K]. They compute the loss, its gradient by the student's logits, and
+the new center. "published" has a log-softmax for each pair of views, "einsum" one for each view (bench/baselines.py),
+"torch" is dino_fast.step.loss, and "triton" is its kernels. "update" arms clip random gradients of the network, make an
+SGD step and average the teacher. "copy" arms move as many bytes within the device's memory as an ideal kernel would.
+For the loss it reads the student's logits twice, writes them once, and reads the teacher's logits twice. For the update
+it moves 32 bytes for each parameter, and 4 more for each one that both networks also keep in half precision. The
+figures of a round over --iterations:
 
-- time: µs as a loop sees it, launches included;
-- device: µs that a GPU takes alone, the launches being made ahead (a recorded step has none); an arm that waits for the
-  GPU shows its launches here too;
+- time: µs as a loop sees it, with the launches;
+- device: µs that a GPU alone takes, since the launches are made ahead (a recorded step has none). An arm that waits for
+  the GPU includes its launches here, too;
 - copy share: the copy's time on the device over the arm's, in percent.
 
-Logits are float32, as in bf16 and fp32 runs, and on a GPU float16 too, as in fp16 runs. Triton needs a GPU here.
+Logits are float32, as in bf16 and fp32 runs. On a GPU they are also float16, as in fp16 runs. "triton" needs a GPU.
 """
 
 import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bench.baselines import Published, Stock
-from bench.roofline import finished
-from bench.step import choose_device, steady
-from bench.timing import attempt, device_time, interleaved, keep_records, records, report
+from bench.records import add_run_arguments, make_records, report, save_partial
+from bench.step_recipe import choose_device, make_steady_hyper
+from bench.timing import Figures, attempt, measure_device_time, print_left_out, read_clock, run_interleaved
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.model.head import HeadRecipe
+from dino_fast.model.student_teacher import build_student_teacher
+from dino_fast.run.build import build_train_step
 from dino_fast.step.loss import CenterUpdate
-from dino_fast.step.train_step import TrainStep, build_student_teacher
-from dino_fast.train import build_step
+from dino_fast.step.train_step import TrainStep
 from pipelines.crops import CropRecipe
 
 UNITS = {"time": "µs", "device": "µs", "copy share": "%"}
 VIEWS = 8
-# A parameter's: gradient twice; weight, momentum and teacher read and written; and where both networks keep it in half
-# precision, as they do all but the last layer's and the norms', what is written there.
+# Bytes that an update must move for each parameter. The gradient is read twice. Weight, momentum and teacher are read
+# and written. Both networks also write it in half precision, except in the last layer and the norms.
 UPDATE_BYTES, HALF_BYTES = 32, 4
 
-Figures = dict[str, float]  # by the names of UNITS
 Work = Callable[[], object]
 
 
-def loss_arms(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
-    """The networks do not take part: they are those of a small backbone."""
-    what = "loss fp16" if dtype == torch.float16 else "loss fp32"
+def build_loss_arms(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> dict[str, Work]:
+    """Return the arms of the loss for logits of `dtype`. Their networks do not run, and have a small backbone."""
+    prefix = "loss fp16" if dtype == torch.float16 else "loss fp32"
     small = Recipe(backbone="resnet18", batch_size=recipe.batch_size, head=recipe.head, crops=recipe.crops)
     rows, width = VIEWS * recipe.batch_size, recipe.head.out_dim
     student = (2 * torch.rand(rows, width, device=device) - 1).to(dtype)
     teacher = (2 * torch.rand(2 * recipe.batch_size, width, device=device) - 1).to(dtype)
     pair = build_student_teacher(small.backbone, small.head)
-    arms: dict[str, Work] = {f"{what}: copy": copy((3 * student.nbytes + 2 * teacher.nbytes) // 2, device)}
+    arms: dict[str, Work] = {f"{prefix}: copy": make_copy((3 * student.nbytes + 2 * teacher.nbytes) // 2, device)}
     for name, kind in (("published", Published), ("einsum", Stock)):
-        arms[f"{what}: {name}"] = partial(baseline_loss, kind(small, pair, steady(small), device), student, teacher)
-    for name, kernels in ours(device).items():
-        arms[f"{what}: {name}"] = partial(our_loss, train_step(small, device, kernels), student.clone(), teacher)
+        step = kind(small, pair, make_steady_hyper(small), device)
+        arms[f"{prefix}: {name}"] = partial(run_baseline_loss, step, student, teacher)
+    for name, kernels in list_our_arms(device).items():
+        ours = build_train_step(small, Ranks(0, 1, device), kernels=kernels)
+        arms[f"{prefix}: {name}"] = partial(run_our_loss, ours, student.clone(), teacher)
     return arms
 
 
-def baseline_loss(step: Published | Stock, student: Tensor, teacher: Tensor) -> None:
+def run_baseline_loss(step: Published | Stock, student: Tensor, teacher: Tensor) -> None:
+    """Compute a baseline's loss, its gradient and the new center."""
     logits = student.detach().requires_grad_()
     wide = isinstance(step, Stock)
     step.loss(logits.float() if wide else logits, teacher.float() if wide else teacher, VIEWS).backward()
-    if isinstance(step, Stock):  # the published loss moves it itself
+    if isinstance(step, Stock):  # the published loss moves the center itself
         step.center.lerp_(teacher.float().mean(dim=0, keepdim=True), 1 - step.recipe.loss.center_momentum)
 
 
-def our_loss(step: TrainStep, student: Tensor, teacher: Tensor) -> None:
-    # The kernel's gradient takes the logits' place, and is the next iteration's logits: no time depends on values.
+def run_our_loss(step: TrainStep, student: Tensor, teacher: Tensor) -> None:
+    """Compute our loss, its gradient and the new center.
+
+    The kernel writes its gradient over the logits, and the next iteration takes these as logits. No time depends on
+    their values.
+    """
     logits = student.detach().requires_grad_()
-    temp = step.settings(steady(Recipe())).teacher_temp
-    found = step.objective(logits, teacher, step.center, step.loss.student_temp, temp, VIEWS)
-    center = CenterUpdate(step.center, found.teacher_mean, step.loss.center_momentum)
-    found.loss.backward()
+    temp = step.prepare(make_steady_hyper(Recipe())).teacher_temp
+    result = step.objective(logits, teacher, step.center, step.loss.student_temp, temp, VIEWS)
+    center = CenterUpdate(step.center, result.teacher_mean, step.loss.center_momentum)
+    result.loss.backward()
     center.finish()
 
 
-def update_arms(recipe: Recipe, device: torch.device) -> dict[str, Work]:
+def build_update_arms(recipe: Recipe, device: torch.device) -> dict[str, Work]:
+    """Return the arms of the update."""
     torch.manual_seed(0)
     pair = build_student_teacher(recipe.backbone, recipe.head)
     count = sum(parameter.numel() for parameter in pair[0].parameters())
     halves = [layer.weight.numel() for layer in pair[0].modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
-    arms: dict[str, Work] = {"update: copy": copy((UPDATE_BYTES * count + HALF_BYTES * sum(halves)) // 2, device)}
+    arms: dict[str, Work] = {"update: copy": make_copy((UPDATE_BYTES * count + HALF_BYTES * sum(halves)) // 2, device)}
     for name, kind in (("published", Published), ("stock", Stock)):
-        step = kind(recipe, pair, steady(recipe), device)
-        give_gradients(step.student)
-        arms[f"update: {name}"] = partial(baseline_update, step)
-    for name, kernels in ours(device).items():
-        mine = train_step(recipe, device, kernels)
-        give_gradients(mine.bare_student)
-        arms[f"update: {name}"] = partial(our_update, mine)
+        step = kind(recipe, pair, make_steady_hyper(recipe), device)
+        set_random_gradients(step.student)
+        arms[f"update: {name}"] = partial(run_baseline_update, step)
+    for name, kernels in list_our_arms(device).items():
+        ours = build_train_step(recipe, Ranks(0, 1, device), kernels=kernels)
+        set_random_gradients(ours.bare_student)
+        arms[f"update: {name}"] = partial(run_our_update, ours)
     return arms
 
 
-def baseline_update(step: Published | Stock) -> None:
+def run_baseline_update(step: Published | Stock) -> None:
+    """Run a baseline's update."""
     if step.scaler.is_enabled():
-        step.scaler.scale(torch.ones((), device=step.device))  # makes its state, as a loss would
+        step.scaler.scale(torch.ones((), device=step.device))  # creates the scaler's state, as a loss would
     step.update()
 
 
-def our_update(step: TrainStep) -> None:
-    step.update(step.settings(steady(Recipe())), step.loss_scale)
+def run_our_update(step: TrainStep) -> None:
+    """Run our update."""
+    step.update(step.prepare(make_steady_hyper(Recipe())), step.loss_scale)
 
 
-def give_gradients(network: nn.Module) -> None:
+def set_random_gradients(network: nn.Module) -> None:
+    """Give every trained parameter a random gradient."""
     for parameter in network.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.randn_like(parameter)
 
 
-def ours(device: torch.device) -> dict[str, bool]:
-    """Our arms, and whether they use kernels."""
+def list_our_arms(device: torch.device) -> dict[str, bool]:
+    """Return the names of our arms, and whether they use kernels. Prints which are left out."""
     if device.type == "cuda":
         return {"torch": False, "triton": True}
-    print("triton: not measured, there is no GPU")
+    print_left_out("triton", "there is no GPU")
     return {"torch": False}
 
 
-def train_step(recipe: Recipe, device: torch.device, kernels: bool) -> TrainStep:
-    return build_step(recipe, Ranks(0, 1, device), kernels=kernels)
-
-
-def copy(size: int, device: torch.device) -> Work:
-    """Of `size` bytes, which are read and written."""
+def make_copy(size: int, device: torch.device) -> Work:
+    """Return a function that reads and writes `size` bytes."""
     source = torch.ones(size, dtype=torch.uint8, device=device)
     return partial(torch.zeros_like(source).copy_, source)
 
 
-def one_round(work: Work, iterations: int, device: torch.device) -> Figures:
+def measure_round(work: Work, iterations: int, device: torch.device) -> Figures:
+    """Return time, and on a GPU device. One call is not counted."""
     work()
-    start = finished(device)
+    start = read_clock(device)
     for _ in range(iterations):
         work()
-    figures = {"time": 1e6 * (finished(device) - start) / iterations}
-    return figures | ({"device": 1e6 * device_time(work, iterations, device)} if device.type == "cuda" else {})
+    figures = {"time": 1e6 * (read_clock(device) - start) / iterations}
+    return figures | ({"device": 1e6 * measure_device_time(work, iterations, device)} if device.type == "cuda" else {})
 
 
 def add_shares(rounds: dict[str, list[Figures]]) -> None:
-    """Each round against the copy of the same round and kind."""
-    for name, found in rounds.items():
+    """Add each arm's share of the copy of the same kind and the same round."""
+    for name, of_arm in rounds.items():
         copies = rounds.get(f"{name.partition(':')[0]}: copy")
-        for figure, plain in zip(found, copies or [], strict=False):
+        for figure, plain in zip(of_arm, copies or [], strict=False):
             kind = "device" if "device" in figure else "time"
             figure["copy share"] = 100 * plain[kind] / figure[kind]
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line."""
     gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128 if gpu else 8)
-    parser.add_argument("--backbone", default="resnet50")
-    parser.add_argument("--prototypes", type=int, default=65536, help="K")
-    parser.add_argument("--iterations", type=int, default=20 if gpu else 2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", metavar="ARM", help="the arms to run; all by default")
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    device = choose_device()
-    settings: dict[str, Any] = {"backbone": options.backbone, "batch_size": options.batch}
-    recipe = Recipe(crops=CropRecipe(locals=VIEWS - 2), head=HeadRecipe(out_dim=options.prototypes), **settings)
-    works = attempt("update", partial(update_arms, recipe, device)) or {}
-    for dtype in (torch.float32, torch.float16) if gpu else (torch.float32,):
-        works |= attempt(f"loss, {dtype}", partial(loss_arms, recipe, device, dtype)) or {}
-    chosen = {name: work for name, work in works.items() if options.only is None or name in options.only}
-    rounds = interleaved(
-        {name: partial(one_round, work, options.iterations, device) for name, work in chosen.items()},
-        options.rounds,
-        partial(keep_records, "kernels", UNITS, options.json),
+    parser.add_argument("--batch", type=int, default=128 if gpu else 8, help="images in a step (default %(default)s)")
+    parser.add_argument("--backbone", default="resnet50", metavar="NAME", help="of the update (resnet50)")
+    parser.add_argument("--prototypes", type=int, default=65536, help="outputs of the head, K (65536)")
+    parser.add_argument(
+        "--iterations", type=int, default=20 if gpu else 2, help="calls in a round (default %(default)s)"
     )
+    parser.add_argument("--only", nargs="+", metavar="ARM", help="arms to measure; all by default")
+    add_run_arguments(parser, rounds=5)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure the arms, and report their records."""
+    options = parse_arguments()
+    device = choose_device()
+    head = HeadRecipe(out_dim=options.prototypes)
+    recipe = Recipe(crops=CropRecipe(locals=VIEWS - 2), head=head, backbone=options.backbone, batch_size=options.batch)
+    works = attempt("update", partial(build_update_arms, recipe, device)) or {}
+    for dtype in (torch.float32, torch.float16) if device.type == "cuda" else (torch.float32,):
+        works |= attempt(f"loss, {dtype}", partial(build_loss_arms, recipe, device, dtype)) or {}
+    arms = {
+        name: partial(measure_round, work, options.iterations, device)
+        for name, work in works.items()
+        if options.only is None or name in options.only
+    }
+    rounds = run_interleaved(arms, options.rounds, partial(save_partial, "kernels", UNITS, options.json))
     add_shares(rounds)
     print(f"batches of {options.batch}, K = {recipe.head.out_dim}, {options.backbone} on {device}")
-    report(records("kernels", UNITS, rounds), options.json)
+    report(make_records("kernels", UNITS, rounds), options.json)
 
 
 if __name__ == "__main__":

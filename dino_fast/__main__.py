@@ -1,54 +1,53 @@
 """The dino-fast command."""
 
+import difflib
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
 from shards.errors import UserError
+from shards.version import version
 
-USAGE = """usage: dino-fast COMMAND ...
+COMMANDS = {
+    "train": "train a backbone with DINO on shards",
+    "plan": "print what a run will do and cost, without running it",
+    "doctor": "find what limits a run on this machine",
+    "knn": "score a checkpoint by k-NN on labeled shards",
+    "linear": "score a checkpoint by linear classification on labeled shards",
+}
+OPTIONS = ("--help", "--version", "--print-completion")
+USAGE = f"""usage: dino-fast COMMAND ...
 
 commands:
-  train   train a backbone with DINO on shards            (dino-fast train --help)
-  plan    what a recipe will do and cost, without a run   (dino-fast plan --help)
-  knn     k-NN score of a checkpoint on labelled shards   (dino-fast knn --help)
-  linear  its score by linear classification              (dino-fast linear --help)
-  doctor  find what limits a run on this machine          (dino-fast doctor --help)
+{"".join(f"  {name:7s} {line}{chr(10)}" for name, line in COMMANDS.items())}
+options:
+  --version                 print the version
+  --print-completion SHELL  print the completion script of bash, zsh or tcsh; save and source it
 
-Shards are made with `make-shards pack SRC OUT`. Many GPUs: torchrun --nproc_per_node N -m dino_fast.train ...
+`dino-fast COMMAND --help` lists the flags of a command.
+Shards are made with `make-shards pack SRC OUT`.
+To train on several GPUs: torchrun --nproc_per_node N -m dino_fast.train ...
 """
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns its exit status: 0, 1 for a failed run, 2 for a wrong call."""
+    """Run a command. Return its exit status: 0, 1 for a failed run, 2 for a wrong call, and what the command adds."""
     command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    # Each command is imported where it is called, so that --help need not wait for torch.
     if command == "train":
-        from dino_fast.train import main as train
-
-        return train(rest)
-    if command in ("knn", "linear"):
-        return _evaluate(command, rest)
-    if command == "plan":
-        from dino_fast.advise.plan import main as plan
-
-        return plan(rest)
-    if command == "doctor":
-        from dino_fast.advise.doctor import main as doctor
-
-        return doctor(rest)
-    if command in ("-h", "--help"):
-        print(USAGE, end="")
-        return 0
-    print(f"dino-fast: unknown command {command!r}: choose train, plan, knn, linear or doctor", file=sys.stderr)
-    return 2
-
-
-def _evaluate(command: str, arguments: Sequence[str]) -> int:
-    from dino_fast.evaluate.knn import knn_command
-    from dino_fast.evaluate.linear import linear_command
-
+        from dino_fast.train import main as run
+    elif command == "plan":
+        from dino_fast.advise.plan import main as run
+    elif command == "doctor":
+        from dino_fast.advise.doctor import main as run
+    elif command == "knn":
+        from dino_fast.evaluate.knn import main as run
+    elif command == "linear":
+        from dino_fast.evaluate.linear import main as run
+    else:
+        return _answer(command, rest)
     try:
-        return (knn_command if command == "knn" else linear_command)(arguments)
+        return run(rest)
     except (UserError, OSError) as error:  # TimeoutError is an OSError
         print(f"dino-fast {command}: {error}", file=sys.stderr)
         return 1
@@ -57,11 +56,44 @@ def _evaluate(command: str, arguments: Sequence[str]) -> int:
         return 130
 
 
-def command() -> NoReturn:
-    """The command as a process."""
-    from dino_fast.train import leave
+def _answer(word: str, rest: Sequence[str]) -> int:
+    """Print what was asked for instead of a command, or that there is no such command."""
+    option, _, value = word.partition("=")
+    if word in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    if word == "--version":
+        print(f"dino-fast {version()}")
+        return 0
+    if option == "--print-completion":
+        return _print_completion(value or " ".join(rest))
+    near = difflib.get_close_matches(word, [*COMMANDS, *OPTIONS], n=1)
+    hint = f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(COMMANDS)}."
+    print(f"dino-fast: unknown command {word!r}. {hint}", file=sys.stderr)
+    return 2
 
-    leave(main())
+
+def _print_completion(shell: str) -> int:
+    from shards.completion import SHELLS, print_completion
+
+    if shell not in SHELLS:
+        print(f"dino-fast: --print-completion expects one of {', '.join(SHELLS)}, not {shell!r}.", file=sys.stderr)
+        return 2
+    try:
+        from dino_fast.completion import build_command_parser
+
+        print_completion(build_command_parser(COMMANDS), shell)
+        return 0
+    except UserError as error:
+        print(f"dino-fast: {error}", file=sys.stderr)
+        return 1
+
+
+def command() -> NoReturn:
+    """Run the command in this process, and end the process with its exit status."""
+    from dino_fast.run.command import exit_process
+
+    exit_process(main())
 
 
 if __name__ == "__main__":

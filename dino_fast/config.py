@@ -1,9 +1,8 @@
-"""The recipe of a run: typed dataclasses, read from YAML and dotted command-line overrides, checked before anything
-starts.
+"""The recipe of a run: typed dataclasses, read from YAML and from flags, and checked before anything starts.
 
-jsonargparse reads, converts and documents (`--help`, `--print_config`); the sections are declared beside the code that
-they steer. This file puts them together and adds what jsonargparse leaves out: the allowed ranges, the checks between
-settings, and the nearest name to a misspelt key.
+jsonargparse reads, converts and documents (`--help`, `--print_config`). The sections are declared beside the code that
+they configure. This file puts them together and adds what jsonargparse does not do: allowed ranges, checks between
+settings, and the nearest name to a misspelled key.
 """
 
 import dataclasses
@@ -24,8 +23,9 @@ from jsonargparse import (  # type: ignore[attr-defined]  # it exports by a list
     set_parsing_settings,
 )
 
+from dino_fast import config_checks
 from dino_fast.durations import Duration, parse
-from dino_fast.evaluate.online import KnnRecipe
+from dino_fast.evaluate.online_knn import KnnRecipe
 from dino_fast.model.head import HeadRecipe
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe
@@ -41,69 +41,72 @@ class UsageError(UserError):
 
 @dataclass(frozen=True)
 class CheckpointRecipe:
-    """When checkpoints are written and which are kept."""
+    """When checkpoints are written, and which are kept."""
 
     every: Duration = 1
-    """how often one is written"""
+    """time between two checkpoints"""
     keep: Annotated[int, Ge(1)] = 2
-    """how many of the newest are kept"""
+    """number of newest checkpoints that are kept"""
     keep_every: Duration = 0
-    """how often one is kept for good; 0: none"""
+    """time between two checkpoints that are kept for good; 0: none"""
 
 
 @dataclass(frozen=True)
 class HealthRecipe:
-    """What is done about a run whose figures are no numbers any more."""
+    """What a run does when its gradients or weights are not finite any more."""
 
     max_skipped: Annotated[int, Ge(1)] = 50
-    """steps in a row that may be skipped, their gradients not being finite, before the run goes back to its last
+    """steps in a row that may be skipped, because their gradients are not finite, before the run goes back to its last
     checkpoint"""
     rollbacks: Annotated[int, Ge(0)] = 3
-    """how often it may go back, each time on with half the learning rate; then it stops"""
+    """number of times that the run may go back, each time with half the learning rate, before it stops"""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a run is made of."""
+    """All settings of a run."""
 
     output: str = "runs/default"
     """folder for checkpoints, metrics and TensorBoard; the same command again resumes there"""
     seed: Annotated[int, Ge(0), Le(2**48)] = 0
-    """of the first weights, the order, the crops and the colours"""
+    """seed of the first weights, the order, the crops and the color jitter"""
     epochs: Duration = 100
-    """length of the run and its schedules. Here as in the other settings of time a number counts epochs, and lengths
-    such as "5000 steps" or "2M images" are understood, too"""
+    """length of the run and its schedules. In all settings of time a bare number counts epochs; lengths such as "5000
+    steps" or "2M images" are possible, too"""
     max_steps: Annotated[int, Ge(0)] = 0
-    """stop after this step although the schedules go on; 0: run to their end"""
+    """step after which the run stops, although the schedules go on; 0: at their end"""
     batch_size: Annotated[int, Ge(1)] = 512
-    """images a step over all ranks together"""
+    """images a step, over all ranks together"""
     accumulate: Annotated[int, Ge(1)] = 1
-    """parts that each rank's share of a batch goes through the networks in, one after another: for a small GPU. Batch
-    norms see a part at a time; loss, centre and gradients are those of the whole batch"""
+    """number of parts in which each rank's share of a batch goes through the networks, for small GPUs. Batch norms see
+    a part at a time; loss, center and gradients are those of the whole batch"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp16"
-    """of the forward and backward passes; weights and updates are fp32. fp16, with loss scaling, is the published one;
-    bf16 needs none, and its gradients are three times as far from fp32's. On a CPU fp16 is emulated: take fp32"""
+    """precision of the forward and backward passes; weights and updates are fp32. fp16, with loss scaling, is the
+    published one. bf16 needs no scaling, but its gradients are three times as far from fp32's. CPUs emulate fp16: there
+    fp32 is faster"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: the GPU where there is one"""
+    """device of the run; auto: the GPU where there is one"""
     backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     """network that is trained, from torchvision"""
     compile: Literal["auto", "always", "never"] = "auto"
     """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on GPUs where steps are
-    not recorded. Where they are, batch norms are kernels of our own, which are faster and need no compiler"""
+    not recorded. Where they are recorded, batch norms are our own kernels, which are faster and need no compiler"""
     graph: Literal["auto", "always", "never"] = "auto"
-    """whether the step is recorded as a CUDA graph and replayed, which takes one GPU and no other ranks; auto: there"""
+    """whether the step is recorded as a CUDA graph and replayed; auto: wherever it is possible, on one GPU without
+    other ranks"""
     log_every: Annotated[int, Ge(1)] = 50
-    """steps between entries in the metrics"""
+    """steps between two rows of the log"""
     init_from: str = ""
-    """weights that a new run begins with: another run's folder or checkpoint, or a published .pth file"""
+    """weights that a new run starts from: another run's folder or checkpoint, or a published .pth file; empty: random
+    ones"""
     dump_crops: bool = False
-    """write the first batch's crops, as the networks see them, to crops.png in the output folder"""
+    """whether the first batch's crops, as the networks see them, are written to crops.png in the output folder"""
     wandb: str = ""
     """project at Weights & Biases to log to, which takes the package wandb; empty: none"""
     timeout: Annotated[int, Ge(1)] = 600
     """seconds that ranks wait for each other before they give up"""
     accept_changes: bool = False
-    """resume although the recipe or the data differ from the checkpoint's"""
+    """whether a run is resumed although the recipe or the data differ from the checkpoint's"""
     data: DataRecipe = field(default_factory=DataRecipe)
     crops: CropRecipe = field(default_factory=CropRecipe)
     augment: PhotometricRecipe = field(default_factory=PhotometricRecipe)
@@ -115,34 +118,29 @@ class Recipe:
     knn: KnnRecipe = field(default_factory=KnnRecipe)
 
 
-SEARCH = 25  # steps in a row that fp16 may skip before its loss scale, halved each time from 65536, fits the gradients
-PARTS_OF_THE_RUN = ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs", "optim.freeze_last_layer_epochs")
-
-# Settings that may differ between the sittings of one run: they change where and how it runs, not what comes out.
-FREE_TO_CHANGE = (
-    "output", "max_steps", "device", "compile", "graph", "log_every", "init_from", "dump_crops", "wandb", "timeout",
-    "accept_changes", "checkpoint", "health", "knn",
-    "data.train", "data.threads", "data.prefetch", "data.max_bad_samples", "data.timeout", "data.hw_decoder_load",
-    "data.size_hint", "data.cache", "data.cache_bytes",
-)  # fmt: skip
+SCALE_SEARCH = 25  # steps in a row that fp16 may skip until its loss scale, halved from 65536, fits the gradients
+PHASES = ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs", "optim.freeze_last_layer_epochs")
 
 
 def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train", also: Sequence[str] = ()) -> Recipe:
-    """The recipe of a command line such as `--config FILE --crops.locals 6`. UsageError names what is wrong; `also` are
-    the names of flags that the command has besides, which may be meant."""
+    """Read the recipe of a command line such as `--config FILE --crops.locals 6`.
+
+    `also` are the names of further flags of the command, which a misspelled flag may mean. Raises UsageError with what
+    is wrong.
+    """
     parser = build_parser(prog)
     try:
-        settings = vars(parser.instantiate(parser.parse_args(spelled_out(arguments))))
+        settings = vars(parser.instantiate(parser.parse_args(normalize_flags(arguments))))
     except (ArgumentError, ImportError) as error:
-        raise UsageError(explain(str(error), settings_of(Recipe), also)) from error
+        raise UsageError(explain_message(str(error), list_settings(Recipe), also)) from error
     recipe = Recipe(**{name: value for name, value in settings.items() if name != "config"})
     check(recipe)
     return recipe
 
 
-def spelled_out(arguments: Sequence[str]) -> list[str]:
-    """Flags as jsonargparse knows them: `--print-config=x-y` is `--print_config=x-y`, a bare `--dump_crops` is true."""
-    switches = {f"--{name}" for name, hint in settings_of(Recipe).items() if hint is bool}
+def normalize_flags(arguments: Sequence[str]) -> list[str]:
+    """Return flags as jsonargparse knows them: `--print-config` with an underscore, a bare `--dump_crops` with true."""
+    switches = {f"--{name}" for name, hint in list_settings(Recipe).items() if hint is bool}
     written = []
     for argument, following in itertools.zip_longest(arguments, arguments[1:], fillvalue="--"):
         name, equals, value = argument.partition("=")
@@ -155,8 +153,8 @@ def spelled_out(arguments: Sequence[str]) -> list[str]:
 
 
 def build_parser(prog: str) -> ArgumentParser:
-    """The command line of a recipe: `--config FILE` and one flag a setting, later ones winning."""
-    # Recipes are data: a name of a class in one (class_path: …) must not have it imported.
+    """Build the command line of a recipe: `--config FILE` and one flag a setting. Later ones win."""
+    # Recipes are data: the name of a class in one (class_path: …) must not import it.
     set_parsing_settings(docstring_parse_attribute_docstrings=True, import_path_denylist=["*"])
     parser = ArgumentParser(
         prog=prog, exit_on_error=False, allow_abbrev=False, description="Train a backbone with DINO on shards."
@@ -166,20 +164,20 @@ def build_parser(prog: str) -> ArgumentParser:
     return parser
 
 
-def settings_of(section: type, prefix: str = "") -> dict[str, Any]:
-    """Every setting below a section by its dotted name, with its annotated type."""
+def list_settings(section: type, prefix: str = "") -> dict[str, Any]:
+    """Return every setting below a section by its dotted name, with its annotated type."""
     hints = typing.get_type_hints(section, include_extras=True)
     settings: dict[str, Any] = {}
     for name, hint in hints.items():
         if dataclasses.is_dataclass(hint):
-            settings |= settings_of(typing.cast(type, hint), f"{prefix}{name}.")
+            settings |= list_settings(typing.cast(type, hint), f"{prefix}{name}.")
         else:
             settings[prefix + name] = hint
     return settings
 
 
-def explain(message: str, settings: dict[str, Any], also: Sequence[str] = ()) -> str:
-    """jsonargparse's message as one line, with the nearest name or the allowed values."""
+def explain_message(message: str, settings: dict[str, Any], also: Sequence[str] = ()) -> str:
+    """Return jsonargparse's message as one line, with the nearest name or the allowed values."""
     unknown = (
         re.search(r"unrecognized arguments: --([\w.]+)", message)
         or re.search(r"Group '(?P<group>[\w.]+)' does not accept option '(?P<key>[\w.]+)'", message)
@@ -187,26 +185,26 @@ def explain(message: str, settings: dict[str, Any], also: Sequence[str] = ()) ->
     )
     if unknown:
         name = ".".join(unknown.groups())
-        # By their last parts, too: --lr is optim.lr to many.
+        # Names are compared by their last parts, too: many write --lr for optim.lr.
         meant = {full.rpartition(".")[2]: full for full in reversed(settings)} | {full: full for full in settings}
         meant |= {flag: flag for flag in also}
         near = difflib.get_close_matches(name, meant, n=1, cutoff=0.4)
-        hint = f"did you mean {meant[near[0]]}?" if near else "`--help` lists them all"
+        hint = f"did you mean {meant[near[0]]}?" if near else "--help-all lists all settings"
         return f"unknown setting {name}: {hint}"
     if message.startswith("Problems parsing config"):
         return f"the file given with --config is not valid YAML: {' '.join(message.split()[3:])}"
     missing = re.search(r'Parser key "config":.*File does not exist: \'?([^\']*)', message, re.DOTALL)
     if missing:
         return f"--config {missing[1].strip()}: no such file"
-    # Where pydantic is installed, jsonargparse lets it check ranges, and speaks in its words.
+    # Where pydantic is installed, jsonargparse lets it check ranges, and repeats its words.
     wrong = re.search(r'Parser key "([\w.]+)":\s+(?:Expected|\d+ validation).*Got value: (.*)', message, re.DOTALL)
     if wrong and wrong[1] in settings:
-        return f"{wrong[1]} = {wrong[2]}: expected {allowed(settings[wrong[1]])}"
+        return f"{wrong[1]} = {wrong[2]}: expected {describe_type(settings[wrong[1]])}"
     return " ".join(message.split())
 
 
-def allowed(hint: Any) -> str:
-    """What a setting may be, in words: "a whole number, at least 1"."""
+def describe_type(hint: Any) -> str:
+    """Return in words what a setting may be: "a whole number, at least 1"."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if hint == Duration:
@@ -223,16 +221,16 @@ def allowed(hint: Any) -> str:
 
 def check(recipe: Recipe) -> None:
     """Raise UsageError for a setting out of its range, or settings that cannot go together."""
-    for name, hint in settings_of(Recipe).items():
+    for name, hint in list_settings(Recipe).items():
         value = look_up(recipe, name)
         if isinstance(value, float) and not math.isfinite(value):
-            raise UsageError(f"{name} = {value}: expected {allowed(hint)}")
+            raise UsageError(f"{name} = {value}: expected {describe_type(hint)}")
         if typing.get_origin(hint) is Annotated and not all(_within(value, bound) for bound in hint.__metadata__):
-            raise UsageError(f"{name} = {value}: expected {allowed(hint)}")
+            raise UsageError(f"{name} = {value}: expected {describe_type(hint)}")
         if hint == Duration:
             _check_duration(name, value)
-    for broken in contradictions(recipe):
-        raise UsageError(broken)
+    for problem in find_contradictions(recipe):
+        raise UsageError(problem)
 
 
 def _check_duration(name: str, value: Duration) -> None:
@@ -249,86 +247,25 @@ def _within(value: float, bound: Ge | Gt | Le) -> bool:
 
 
 def look_up(recipe: Any, name: str) -> Any:
-    """The value of a dotted name."""
+    """Return the value of a dotted name."""
     for part in name.split("."):
         recipe = getattr(recipe, part)
     return recipe
 
 
-def contradictions(recipe: Recipe) -> Iterator[str]:
-    """One line for each thing that cannot be, with the mend."""
-    for name in ("crops.global_scale", "crops.local_scale"):
-        low, high = look_up(recipe, name)
-        if not 0 < low <= high <= 1:
-            yield f"{name} = [{low}, {high}]: expected two shares of the area, 0 < least <= most <= 1"
-    low, high = recipe.augment.blur_sigma
-    if not 0 < low <= high <= 2.3:
-        yield f"augment.blur_sigma = [{low}, {high}]: expected pixels, 0 < least <= most <= 2.3 (15 taps)"
-    for name in ("teacher_temp", "warmup_teacher_temp"):
-        if getattr(recipe.loss, name) >= recipe.loss.student_temp:
-            yield (
-                f"loss.{name} = {getattr(recipe.loss, name)} is not below loss.student_temp = "
-                f"{recipe.loss.student_temp}: the teacher must be the sharper one; the published value is 0.04"
-            )
-    if recipe.data.decode == "torch" and recipe.data.decode_device == "gpu":
-        yield "data.decode_device = gpu goes with data.decode = dali only (or auto): torch decodes on the CPU"
-    whole = parse(recipe.epochs)
-    if not whole.number:
-        yield f"epochs = {recipe.epochs}: a run of no length; give it one"
-    for name in PARTS_OF_THE_RUN:
-        part = parse(look_up(recipe, name))  # in another unit only the data tell: see Schedules
-        if part.unit == whole.unit and part.number > whole.number:
-            yield f"{name} = {look_up(recipe, name)} is more than epochs = {recipe.epochs}: lower it"
-
-    if recipe.precision == "fp16" and recipe.health.max_skipped < SEARCH:
-        yield (
-            f"health.max_skipped = {recipe.health.max_skipped}: fp16 may skip up to {SEARCH} steps in a row while it "
-            f"looks for its loss scale; give {SEARCH} or more"
-        )
+def find_contradictions(recipe: Recipe) -> Iterator[str]:
+    """Yield one line for each contradiction between settings, with its fix."""
     if not recipe.output:
         yield "output is empty: name a folder for checkpoints and metrics, such as runs/mine"
-    if recipe.crops.locals and recipe.crops.local_size > recipe.crops.global_size:
+    yield from config_checks.check_crops(recipe.crops)
+    yield from config_checks.check_augmentation(recipe.augment)
+    yield from config_checks.check_data(recipe.data)
+    yield from config_checks.check_lengths(recipe.epochs, {name: look_up(recipe, name) for name in PHASES})
+    yield from config_checks.check_head(recipe.head)
+    yield from config_checks.check_temperatures(recipe.loss)
+    yield from config_checks.check_rates(recipe.optim, recipe.batch_size)
+    if recipe.precision == "fp16" and recipe.health.max_skipped < SCALE_SEARCH:
         yield (
-            f"crops.local_size = {recipe.crops.local_size} is larger than crops.global_size = "
-            f"{recipe.crops.global_size}: local views are the small ones; swap the two, or lower it"
+            f"health.max_skipped = {recipe.health.max_skipped}: fp16 may skip up to {SCALE_SEARCH} steps in a row "
+            f"while it looks for its loss scale. Give {SCALE_SEARCH} or more."
         )
-    if -1 < recipe.data.hw_decoder_load < 0:
-        yield f"data.hw_decoder_load = {recipe.data.hw_decoder_load}: expected a share from 0 to 1, or -1 for automatic"
-    if recipe.head.batch_norm and recipe.head.layers == 1:
-        yield "head.batch_norm = True does nothing with head.layers = 1: it follows hidden layers; give it 2 or more"
-    loss, optim = recipe.loss, recipe.optim
-    # A lower temperature alone, the remedy for a collapse, must stay one flag: only one that rises is held to this.
-    if loss.warmup_teacher_temp < loss.teacher_temp and not parse(loss.warmup_teacher_temp_epochs).number:
-        yield (
-            f"loss.warmup_teacher_temp = {loss.warmup_teacher_temp} is never used: give "
-            f"loss.warmup_teacher_temp_epochs, or set it to loss.teacher_temp = {loss.teacher_temp}"
-        )
-    peak = optim.lr * recipe.batch_size / 256
-    if optim.lr and optim.min_lr > peak:
-        yield (
-            f"optim.min_lr = {optim.min_lr} is above the peak learning rate of {peak:.4g} (optim.lr * batch_size / "
-            "256): lower it"
-        )
-    if optim.ema_momentum == 1:
-        yield "optim.ema_momentum = 1.0: the teacher would stay as it began; the published value is 0.996"
-
-
-def with_defaults(old: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """A recipe as plain data, with the settings that did not exist yet when it was written."""
-    return {
-        name: with_defaults(old[name], value) if isinstance(value, dict) and name in old else old.get(name, value)
-        for name, value in (old | defaults).items()
-    }
-
-
-def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """`name: old -> new` for the settings that differ between two recipes (as `dataclasses.asdict`) and that a resumed
-    run must not change."""
-    for name in sorted(old.keys() | new.keys()):
-        if prefix + name in FREE_TO_CHANGE:
-            continue
-        was, now = old.get(name), new.get(name)
-        if isinstance(was, dict) and isinstance(now, dict):
-            yield from differences(was, now, f"{prefix}{name}.")
-        elif was != now:
-            yield f"{prefix}{name}: {was} -> {now}"

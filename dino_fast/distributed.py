@@ -1,4 +1,4 @@
-"""Ranks: one process a GPU under torchrun (NCCL), or CPU processes (gloo), or just one."""
+"""Ranks: one process for each GPU under torchrun (NCCL), or CPU processes (gloo), or just one process."""
 
 import contextlib
 import inspect
@@ -23,8 +23,11 @@ class Ranks:
     """This process among the others."""
 
     rank: int
+    """number of this process, from 0"""
     world: int
+    """number of processes"""
     device: torch.device
+    """device of this process"""
 
     @property
     def first(self) -> bool:
@@ -33,12 +36,11 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def join(device: str, timeout: float = 600) -> Iterator[Ranks]:
-    """Join the other ranks that torchrun started, if any; `device` is "auto", "cpu" or "cuda".
+def join_ranks(device: str, timeout: float = 600) -> Iterator[Ranks]:
+    """Join the other ranks that torchrun started, if any.
 
-    Ranks wait for each other `timeout` seconds at the most.
-
-    Raises UserError where "cuda" is asked for and there is none.
+    device: "auto", "cpu" or "cuda"; timeout: seconds that ranks wait for each other at most. Raises UserError where
+    "cuda" is asked for and there is no GPU.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
@@ -61,10 +63,10 @@ def join(device: str, timeout: float = 600) -> Iterator[Ranks]:
 
 
 def _attempt() -> str:
-    """What keeps this start of the ranks apart from those before it, in a store that outlives them.
+    """Return a prefix that keeps this start of the ranks apart from those before it, in a store that outlives them.
 
-    torchrun's does, and would give restarted ranks the addresses of dead ones. Over several machines, whose torchruns
-    count for themselves, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it.
+    torchrun's store does, and would give restarted ranks the addresses of dead ones. Over several machines, whose
+    torchruns count for themselves, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 has to do it.
     """
     alone = os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE")
     return f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') if alone else '0'}"
@@ -73,29 +75,31 @@ def _attempt() -> str:
 _GLOO = ("gloo", "caused pair closure", "Connection closed by peer")
 
 
-def lost_rank(error: RuntimeError) -> bool:
-    """Whether a collective failed because another rank was silent or gone. gloo has no error of its own for that, and
-    names itself only where it gives the line of its source."""
+def is_lost_rank(error: RuntimeError) -> bool:
+    """Return whether a collective failed because another rank was silent or gone.
+
+    gloo has no error class for that, and names itself only where it gives the line of its source.
+    """
     return isinstance(error, dist.DistError) or any(words in str(error) for words in _GLOO)
 
 
 def choose_device(device: str, local_rank: int) -> torch.device:
-    """The device of a rank. UserError where it is not there."""
+    """Return the device of a rank. Raises UserError where there is none."""
     count = torch.cuda.device_count()
     if device == "cuda" and count == 0:
-        raise UserError("--device cuda: torch sees no NVIDIA GPU; check `nvidia-smi`, or pass --device cpu")
+        raise UserError("--device cuda: torch sees no NVIDIA GPU. Check `nvidia-smi`, or pass --device cpu.")
     if device == "cpu" or count == 0:
         return torch.device("cpu")
     if local_rank >= count:
-        raise UserError(f"rank {local_rank} of this machine has no GPU: it has {count}; lower --nproc_per_node")
+        raise UserError(f"rank {local_rank} of this machine has no GPU: it has {count}. Lower --nproc_per_node.")
     return torch.device("cuda", local_rank)
 
 
-def parallel(module: Model, ranks: Ranks) -> Model | DistributedDataParallel:
-    """The module with its gradients averaged over the ranks; as it is where there is only one."""
+def wrap_in_ddp(module: Model, ranks: Ranks) -> Model | DistributedDataParallel:
+    """Return the module with its gradients averaged over the ranks, or as it is where there is only one."""
     if ranks.world == 1:
         return module
-    # Buffers are equal on all ranks already (synchronised batch norm), and broadcasting them would break the second
+    # Buffers are equal on all ranks already (synchronized batch norm), and broadcasting them would break the second
     # forward before a backward. torch 2.15 renames the setting.
     known = inspect.signature(DistributedDataParallel).parameters
     keep_buffers: dict[str, Any] = {

@@ -1,1 +1,4 @@
-"""Samples into batches: order, crop windows, colours, decoding. Everything random is computed from counters."""
+"""Turn samples into training batches: order, crop windows, decoding and augmentation.
+
+Everything random is computed from counters, so a batch can be computed again from its step number.
+"""

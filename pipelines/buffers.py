@@ -1,4 +1,4 @@
-"""Main memory for batches, used again: to have fresh pages from the kernel takes longer than to fill them."""
+"""Reuse main memory for batches. To get fresh pages from the kernel takes longer than to fill them."""
 
 import weakref
 from collections import deque
@@ -7,25 +7,27 @@ import torch
 from torch import Tensor
 
 
-class Buffers:
-    """Lends memory as tensors; a block comes back when the last tensor that looks into it is gone.
+class BufferPool:
+    """Lend memory as tensors.
 
-    Up to `spare` blocks that nobody uses are kept. Safe in threads.
+    A block returns to the pool when the last tensor that uses it is gone. The pool keeps at most `spare` free blocks of
+    each size. Threads may share it.
     """
 
     def __init__(self, spare: int) -> None:
         self._spare = spare
-        self._free: dict[int, deque[Tensor]] = {}  # by their bytes
+        self._free: dict[int, deque[Tensor]] = {}  # free blocks by their size in bytes
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """As `torch.empty`, on the CPU."""
+        """Return an uninitialized tensor on the CPU, as `torch.empty` does."""
         size = torch.Size(shape).numel() * dtype.itemsize
         free = self._free.setdefault(size, deque(maxlen=self._spare))
         try:
             block = free.pop()
         except IndexError:
             block = torch.empty(size, dtype=torch.uint8)
-        # A tensor cannot be watched: views of it live on in its storage. That storage holds this array, which can.
-        lent = block.numpy()
-        weakref.finalize(lent, free.append, block).atexit = False
-        return torch.from_numpy(lent).view(dtype).view(shape)
+        # Nobody is told when the last view of a tensor is gone: views only share its storage. That storage holds this
+        # array, and the end of an array can be observed.
+        array = block.numpy()
+        weakref.finalize(array, free.append, block).atexit = False
+        return torch.from_numpy(array).view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""Compressed bytes and crop windows into 8-bit crops with NVIDIA DALI: one decode a picture, on the GPU or the CPU."""
+"""Decode and crop images with NVIDIA DALI, on the GPU or the CPU. Each image is decoded once for all of its views."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,41 +16,51 @@ from torch.utils.dlpack import from_dlpack
 
 from pipelines.crops import CropRecipe, Windows
 from pipelines.decode_torch import decode_and_crop, empty_crops
-from pipelines.request import Request, Undecodable
+from pipelines.decoder import DecodeError, DecodeRequest
 from shards.errors import UserError
 from shards.index import ShardIndex
 
-TINY = 16  # pixels
+TINY_SIDE = 16  # pixels; windows with a shorter side are left to torchvision
 
-Input = tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.int32]]  # B encoded pictures; corners [B, views, 4]
+Input = tuple[list[npt.NDArray[np.uint8]], npt.NDArray[np.int32]]  # B encoded images; corners [B, views, 4]
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """How the GPU's JPEG engines are used, where pictures are decoded on a GPU."""
+class HardwareDecoder:
+    """How the JPEG engines of the GPU are used, and how much memory is allocated for decoding at the start."""
 
-    load: float  # share of the pictures that go to them
-    height: int  # pixels for which memory is set aside before the first picture, so that none has to be found later
+    load: float
+    """share of the images that the engines decode, 0 to 1"""
+    height: int
+    """pixels; images up to this height need no further memory; 0 allocates nothing ahead"""
     width: int
+    """pixels; images up to this width need no further memory; 0 allocates nothing ahead"""
 
 
-def hw_share(threads: int) -> float:
-    """The share of the pictures for the GPU's JPEG engines at which they and the rest end together: they decode some
-    2,600 ImageNet pictures a second on an H100, a CPU thread prepares some 270 for the GPU's cores (estimates: with 70
-    threads this gives the 0.12 that NVIDIA's own ResNet-50 runs on Hopper found best; no GPU of ours measured it yet).
+def balance_hardware_load(threads: int) -> float:
+    """Return the share of the images for the JPEG engines at which engines and other decoders finish together.
+
+    The engines of an H100 decode about 2,600 ImageNet images a second. A CPU thread prepares about 270 for the GPU's
+    cores. Both are estimates that no GPU of ours has measured yet. With 70 threads they give 0.12, which NVIDIA's own
+    ResNet-50 runs on Hopper found best.
     """
     return 2600 / (2600 + 270 * threads)
 
 
-def hardware_of(load: float, size_hint: int, threads: int, index: ShardIndex) -> Hardware:
-    """What the settings `data.hw_decoder_load` and `data.size_hint` say, or leave to the threads and the index."""
-    height, width = (size_hint, size_hint) if size_hint else largest_usual(index)
-    return Hardware(hw_share(threads) if load < 0 else load, height, width)
+def choose_hardware_decoder(load: float, size: int, threads: int, index: ShardIndex) -> HardwareDecoder:
+    """Apply the settings `data.hw_decoder_load` and `data.preallocate_size`.
+
+    A load below 0 is chosen by the number of threads, a size of 0 by the sizes of the images.
+    """
+    height, width = (size, size) if size else find_usual_size(index)
+    return HardwareDecoder(balance_hardware_load(threads) if load < 0 else load, height, width)
 
 
-def largest_usual(index: ShardIndex) -> tuple[int, int]:
-    """Height and width in pixels that 99 of 100 pictures do not pass: what is larger has its memory found when it
-    comes."""
+def find_usual_size(index: ShardIndex) -> tuple[int, int]:
+    """Return the height and the width in pixels that 99 of 100 images do not exceed.
+
+    Memory for larger images is allocated when they come.
+    """
     return int(np.percentile(index.heights, 99)), int(np.percentile(index.widths, 99))
 
 
@@ -61,14 +71,17 @@ def build_pipeline(
     device: torch.device,
     threads: int,
     depth: int,
-    hardware: Hardware | None = None,
+    hardware: HardwareDecoder | None = None,
 ) -> Pipeline:
-    """A DALI graph from `source` (encoded pictures; top, left, bottom, right of every view) to one output
-    [B, V, S, S, 3] a resolution. `source` ends the stream with StopIteration and is called `depth` batches ahead.
+    """Build a DALI graph with one output [B, V, S, S, 3] for each resolution.
 
-    EXIF rotation is off, as it is in Pillow and in the sizes of the index. Windows are sliced and then resized: a
-    resize of a region of interest looks at pixels beyond the window's edges, which Pillow's crop and resize does not
-    (0.5/255 and more in windows under 24 pixels, where slicing stays at 0.24; slicing costs 13 % of the CPU's speed).
+    `source` returns encoded images, and top, left, bottom and right of every view. It is called `depth` batches ahead
+    and ends the stream with StopIteration.
+
+    EXIF rotation is off, as it is in Pillow and in the sizes of the index. Windows are sliced first and then resized.
+    DALI could resize a region of interest at once, but then its filter sees pixels beyond the window's edges, which
+    Pillow's crop and resize does not. The difference is 0.5/255 and more for windows under 24 pixels, where slicing
+    stays at 0.24. Slicing costs 13 % of the speed on a CPU.
     """
     on_gpu = device.type == "cuda"
     pipeline = Pipeline(
@@ -79,48 +92,49 @@ def build_pipeline(
     )
     with pipeline:
         encoded, corners = fn.external_source(source, num_outputs=2, dtype=[types.UINT8, types.INT32], ndim=[1, 2])
-        decode = partial(fn.decoders.image, encoded, output_type=types.RGB, adjust_orientation=False)
-        if on_gpu:
-            hardware = hardware or Hardware(0.0, 0, 0)
-            pictures = decode(
-                device="mixed",
-                hw_decoder_load=hardware.load,
-                preallocate_height_hint=hardware.height,
-                preallocate_width_hint=hardware.width,
-            )
-        else:
-            pictures = decode(device="cpu")
-        views = [
-            fn.resize(
-                fn.slice(pictures, start=corners[view, 0:2], end=corners[view, 2:4], axes=(0, 1)),
-                size=(size, size),
-                interp_type=types.INTERP_CUBIC,
-                antialias=True,
-            )
-            for view, size in enumerate(recipe.sizes)
-        ]
+        images = _decode_node(encoded, on_gpu, hardware or HardwareDecoder(0.0, 0, 0))
+        views = [_crop_node(images, corners[view], size) for view, size in enumerate(recipe.sizes)]
         pipeline.set_outputs(*(fn.stack(*views[of_one_size]) for _, of_one_size in recipe.resolutions))
     pipeline.build()
     return pipeline
 
 
-def encode_input(samples: list[bytes], windows: Windows) -> Input:
-    """What the graph takes: from bytes of B pictures and windows [views, B, 4] (top, left, height, width)."""
+def _decode_node(encoded: Any, on_gpu: bool, hardware: HardwareDecoder) -> Any:
+    """Return the graph's node that decodes images."""
+    decode = partial(fn.decoders.image, encoded, output_type=types.RGB, adjust_orientation=False)
+    if not on_gpu:
+        return decode(device="cpu")
+    return decode(
+        device="mixed",
+        hw_decoder_load=hardware.load,
+        preallocate_height_hint=hardware.height,
+        preallocate_width_hint=hardware.width,
+    )
+
+
+def _crop_node(images: Any, corners: Any, size: int) -> Any:
+    """Return the graph's node that crops one view and resizes it. `corners`: top, left, bottom, right."""
+    window = fn.slice(images, start=corners[0:2], end=corners[2:4], axes=(0, 1))
+    return fn.resize(window, size=(size, size), interp_type=types.INTERP_CUBIC, antialias=True)
+
+
+def make_input(samples: list[bytes], windows: Windows) -> Input:
+    """Turn B encoded images and windows [views, B, 4] (top, left, height, width) into the input of the graph."""
     corners = np.ascontiguousarray(windows.transpose(1, 0, 2), np.int32)
     corners[..., 2:] += corners[..., :2]
     return [np.frombuffer(sample, np.uint8) for sample in samples], corners
 
 
-def tiny(windows: Windows) -> npt.NDArray[np.bool_]:
-    """Which pictures [B] have a window under TINY pixels high or wide, from windows [views, B, 4]."""
-    return np.asarray((windows[..., 2:] < TINY).any((0, 2)))
+def find_tiny(windows: Windows) -> npt.NDArray[np.bool_]:
+    """Return which images [B] have a window under TINY_SIDE pixels high or wide. `windows` is [views, B, 4]."""
+    return np.asarray((windows[..., 2:] < TINY_SIDE).any((0, 2)))
 
 
 class DaliDecoder:
-    """Decodes requests of at most `batch` pictures in order, `depth` of them in flight, with `threads` CPU threads.
+    """Decodes requests of at most `batch` images in order, with `depth` requests in flight and `threads` CPU threads.
 
-    Pictures with a window of fewer than TINY pixels a side are left to torchvision: at the edges DALI's filter repeats
-    the last pixel where Pillow's leaves it out, and tiny windows are all edge.
+    Images that have a window with a side under TINY_SIDE pixels are left to torchvision. At the edges DALI's filter
+    repeats the last pixel, where Pillow's leaves it out, and tiny windows consist of edges.
     """
 
     def __init__(
@@ -130,67 +144,79 @@ class DaliDecoder:
         device: torch.device,
         threads: int,
         depth: int = 2,
-        hardware: Hardware | None = None,
+        hardware: HardwareDecoder | None = None,
     ) -> None:
         self._recipe, self._batch, self._device = recipe, batch, device
         self._threads, self._depth, self._hardware = threads, depth, hardware
-        self._waiting: list[Input] = []
+        self._single_inputs: list[Input] = []
         self._single: Pipeline | None = None
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Tensor] | Undecodable]]:
-        """Each request with its crops, one uint8 tensor [B, V, S, S, 3] a resolution, valid until the next is asked
-        for; or with the error where some picture of it does not decode."""
-        flying: deque[Request] = deque()
-        waiting = iter(requests)
+    def decode_requests(
+        self, requests: Iterable[DecodeRequest]
+    ) -> Iterator[tuple[DecodeRequest, list[Tensor] | DecodeError]]:
+        """Yield each request with its crops, one uint8 tensor [B, V, S, S, 3] for each resolution.
 
-        def source() -> Input:
-            request = next(waiting)
-            flying.append(request)
-            return encode_input(request.samples, request.windows)
-
-        try:
-            pipeline = build_pipeline(
-                self._recipe, source, self._batch, self._device, self._threads, self._depth, self._hardware
-            )
-        except RuntimeError as error:
-            raise UserError(f"DALI does not start here ({_reason(error)}): pass --data.decode torch") from error
+        They stay valid until the next request is asked for. If an image of a request does not decode, its error takes
+        the place of the crops. Raises UserError where DALI itself does not run.
+        """
+        in_flight: deque[DecodeRequest] = deque()
+        pipeline = self._start_pipeline(iter(requests), in_flight)
         while True:
             try:
                 crops = self._run(pipeline)
             except StopIteration:
                 return
-            except Undecodable as error:
-                if not flying:  # not a picture's fault
-                    raise UserError(f"DALI does not run here ({error}): pass --data.decode torch") from error
-                yield flying.popleft(), error
+            except DecodeError as error:
+                if not in_flight:  # no image is to blame
+                    raise UserError(f"DALI does not run here ({error}). Pass --data.decode torch") from error
+                yield in_flight.popleft(), error
                 continue
-            request = flying.popleft()
-            yield request, self._with_tiny(request, crops)
+            request = in_flight.popleft()
+            yield request, self._replace_tiny(request, crops)
 
-    def _with_tiny(self, request: Request, crops: list[Tensor]) -> list[Tensor] | Undecodable:
-        places = np.flatnonzero(tiny(request.windows))
+    def _start_pipeline(self, requests: Iterator[DecodeRequest], in_flight: deque[DecodeRequest]) -> Pipeline:
+        """Build the graph over `requests`. It appends each request that it has begun to `in_flight`."""
+
+        def source() -> Input:
+            request = next(requests)
+            in_flight.append(request)
+            return make_input(request.samples, request.windows)
+
+        try:
+            return build_pipeline(
+                self._recipe, source, self._batch, self._device, self._threads, self._depth, self._hardware
+            )
+        except RuntimeError as error:
+            raise UserError(f"DALI does not start here ({_find_reason(error)}). Pass --data.decode torch") from error
+
+    def _replace_tiny(self, request: DecodeRequest, crops: list[Tensor]) -> list[Tensor] | DecodeError:
+        """Replace the crops of images with tiny windows by torchvision's."""
+        places = np.flatnonzero(find_tiny(request.windows))
         if not len(places):
             return crops
         crops = [views.clone() for views in crops]
         try:
             for place in places.tolist():
-                alone = self.one(request.samples[place], request.windows[:, [place]])
-                for views, picture in zip(crops, alone, strict=True):
-                    views[place] = picture
-        except Undecodable as error:
+                alone = self.decode_one(request.samples[place], request.windows[:, [place]])
+                for views, image in zip(crops, alone, strict=True):
+                    views[place] = image
+        except DecodeError as error:
             return error
         return crops
 
-    def one(self, sample: bytes, windows: Windows) -> list[Tensor]:
-        """The crops of one picture, uint8 [V, S, S, 3] a resolution; Undecodable if it does not decode."""
-        if tiny(windows)[0]:
+    def decode_one(self, sample: bytes, windows: Windows) -> list[Tensor]:
+        """Return the crops of one encoded image, uint8 [V, S, S, 3] for each resolution.
+
+        `windows` is [views, 1, 4]. Raises DecodeError if the image does not decode.
+        """
+        if find_tiny(windows)[0]:
             crops = empty_crops(self._recipe)
             decode_and_crop(sample, windows, self._recipe, crops)
             return [views.to(self._device) for views in crops]
-        self._waiting.append(encode_input([sample], windows))
+        self._single_inputs.append(make_input([sample], windows))
         if self._single is None:
             self._single = build_pipeline(
-                self._recipe, lambda: self._waiting.pop(), 1, self._device, threads=1, depth=1
+                self._recipe, lambda: self._single_inputs.pop(), 1, self._device, threads=1, depth=1
             )
         return [views[0].clone() for views in self._run(self._single)]
 
@@ -199,12 +225,12 @@ class DaliDecoder:
         try:
             outputs = pipeline.run(stream)
         except RuntimeError as error:
-            raise Undecodable(_reason(error)) from error
+            raise DecodeError(_find_reason(error)) from error
         return [from_dlpack(output.as_tensor()) for output in outputs]
 
 
-def _reason(error: RuntimeError) -> str:
-    """DALI's own words for it, in one line: they stand after "encountered:", or at the end."""
+def _find_reason(error: RuntimeError) -> str:
+    """Return the line of DALI's message that names the reason: the one after "encountered:", or else the last one."""
     text = str(error)
     lines = [line.strip(" :") for line in (text.partition("encountered:")[2] or text).splitlines() if line.strip(" :")]
     return (lines[0] if "encountered:" in text else lines[-1]) if lines else type(error).__name__

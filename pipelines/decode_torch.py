@@ -1,7 +1,6 @@
-"""Compressed bytes and crop windows into 8-bit crops without DALI: the oracle for it, and the fallback where it does
-not run.
+"""Decode and crop images without DALI. This is the reference for DALI, and the fallback where DALI does not run.
 
-Pillow decodes, as it did when the shards were packed (torchvision has announced the end of its own decoders), and
+Pillow decodes, as it did when the shards were packed: torchvision has announced the end of its own decoders.
 torchvision crops and resizes.
 """
 
@@ -18,48 +17,53 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
 from pipelines.crops import CropRecipe, Windows
-from pipelines.request import Request, Undecodable
+from pipelines.decoder import DecodeError, DecodeRequest
 
 
 def decode(sample: bytes) -> Tensor:
-    """A picture as uint8 [3, H, W] RGB, without EXIF rotation; Undecodable if it does not decode.
+    """Return an image as uint8 [3, H, W] RGB, without EXIF rotation. Raises DecodeError.
 
-    16-bit greys keep their high byte, as in DALI; Pillow's own conversion clips them to white.
+    Of 16-bit grayscale the high byte is kept, as DALI does it. Pillow's own conversion would clip most levels to white.
     """
     try:
-        with Image.open(io.BytesIO(sample)) as picture:
-            if picture.mode.startswith("I;16"):
-                levels = np.repeat((np.asarray(picture) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
+        with Image.open(io.BytesIO(sample)) as image:
+            if image.mode.startswith("I;16"):
+                levels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=-1)
             else:
-                levels = np.array(picture if picture.mode == "RGB" else picture.convert("RGB"))
+                levels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except MemoryError:
         raise
-    except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
-        words = re.sub(r" <_io\.BytesIO object at \w+>", "", " ".join(str(error).split()))
-        raise Undecodable(words or type(error).__name__) from error
+    except Exception as error:  # Pillow's plugins may raise any exception on damaged data
+        reason = re.sub(r" <_io\.BytesIO object at \w+>", "", " ".join(str(error).split()))
+        raise DecodeError(reason or type(error).__name__) from error
     return torch.from_numpy(levels).permute(2, 0, 1)
 
 
-def crop(picture: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
-    """`window` (top, left, height, width) of uint8 [3, H, W], resized bicubic with antialiasing to [3, size, size]."""
+def crop(image: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
+    """Cut `window` (top, left, height, width) out of uint8 [3, H, W], and resize it to [3, size, size].
+
+    The resize is bicubic with antialiasing.
+    """
     top, left, height, width = window
-    pixels = picture.permute(1, 2, 0).numpy()[top : top + height, left : left + width]
-    # In one piece, by numpy: torch would make this copy itself, with a team of threads in every thread that decodes.
+    pixels = image.permute(1, 2, 0).numpy()[top : top + height, left : left + width]
+    # numpy makes the copy contiguous. torch would make it with a team of threads in every thread that decodes.
     part = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
     return F.resize(part, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
 def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: list[Tensor]) -> None:
-    """The crops of one picture into `out`, uint8 [V, S, S, 3] a resolution, from its windows [views, 1, 4];
-    Undecodable."""
-    picture = decode(sample)
+    """Write the crops of one encoded image into `out`, uint8 [V, S, S, 3] for each resolution.
+
+    `windows` is [views, 1, 4]. Raises DecodeError if the image does not decode.
+    """
+    image = decode(sample)
     for (size, views), crops in zip(recipe.resolutions, out, strict=True):
         for (top, left, height, width), target in zip(windows[views, 0].tolist(), crops, strict=True):
-            target.numpy()[...] = crop(picture, (top, left, height, width), size).permute(1, 2, 0).numpy()
+            target.numpy()[...] = crop(image, (top, left, height, width), size).permute(1, 2, 0).numpy()
 
 
 def empty_crops(recipe: CropRecipe, *batch: int) -> list[Tensor]:
-    """Room for crops: uint8 [*batch, V, S, S, 3] a resolution."""
+    """Return uninitialized memory for crops: uint8 [*batch, V, S, S, 3] for each resolution."""
     return [
         torch.empty(*batch, views.stop - views.start, size, size, 3, dtype=torch.uint8)
         for size, views in recipe.resolutions
@@ -67,36 +71,44 @@ def empty_crops(recipe: CropRecipe, *batch: int) -> list[Tensor]:
 
 
 class TorchDecoder:
-    """Decodes requests in order, the pictures of one over the threads of `pool`."""
+    """Decodes requests in order. The threads of `pool` share the images of each request."""
 
     def __init__(self, recipe: CropRecipe, pool: Executor) -> None:
         self._recipe, self._pool = recipe, pool
-        self._crops: list[Tensor] = []  # one batch's, used again: fresh memory costs as much as filling it
+        self._crops: list[Tensor] = []  # of one batch, used again: fresh memory costs as much as to fill it
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[tuple[Request, list[Tensor] | Undecodable]]:
-        """Each request with its crops, one uint8 tensor [B, V, S, S, 3] a resolution, valid until the next is asked
-        for; or with the error where some picture of it does not decode."""
+    def decode_requests(
+        self, requests: Iterable[DecodeRequest]
+    ) -> Iterator[tuple[DecodeRequest, list[Tensor] | DecodeError]]:
+        """Yield each request with its crops, one uint8 tensor [B, V, S, S, 3] for each resolution.
+
+        They stay valid until the next request is asked for. If an image of a request does not decode, its error takes
+        the place of the crops.
+        """
         for request in requests:
             yield request, self._decode(request)
 
-    def _decode(self, request: Request) -> list[Tensor] | Undecodable:
+    def _decode(self, request: DecodeRequest) -> list[Tensor] | DecodeError:
         if not self._crops or len(self._crops[0]) != len(request.samples):
             self._crops = empty_crops(self._recipe, len(request.samples))
         crops = self._crops
 
-        def work(place: int) -> None:
+        def decode_place(place: int) -> None:
             window = request.windows[:, place : place + 1]
             decode_and_crop(request.samples[place], window, self._recipe, [views[place] for views in crops])
 
         try:
-            list(self._pool.map(work, range(len(request.samples))))
-        except Undecodable as error:
-            self._crops = []  # other threads may still be writing into these
+            list(self._pool.map(decode_place, range(len(request.samples))))
+        except DecodeError as error:
+            self._crops = []  # other threads may still write into these
             return error
         return crops
 
-    def one(self, sample: bytes, windows: Windows) -> list[Tensor]:
-        """The crops of one picture, uint8 [V, S, S, 3] a resolution, from its windows [views, 1, 4]; Undecodable."""
+    def decode_one(self, sample: bytes, windows: Windows) -> list[Tensor]:
+        """Return the crops of one encoded image, uint8 [V, S, S, 3] for each resolution.
+
+        `windows` is [views, 1, 4]. Raises DecodeError if the image does not decode.
+        """
         crops = empty_crops(self._recipe)
         decode_and_crop(sample, windows, self._recipe, crops)
         return crops

@@ -1,110 +1,125 @@
-"""From a shard index to training batches: read, decode, crop, augment, ahead of the step.
+"""Load training batches from a shard index: read, decode, crop and augment, ahead of the training step.
 
-Two threads work ahead: one reads bytes and computes windows, the other decodes, crops and augments. A batch depends
-on (index, recipes, seed, step, rank) alone, whichever decoder makes it and wherever a run starts.
+Two threads work ahead. One reads encoded images and draws crop windows. The other decodes, crops and augments. Which
+images a batch holds, and which windows of them, depends only on the index, the recipe, the seed, the step, the rank and
+the number of ranks: not on the decoder, nor on the step at which a run starts.
 """
 
 import contextlib
 import os
-import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from annotated_types import Ge, Le
-from torch import Tensor
 
-from pipelines.buffers import Buffers
-from pipelines.crops import CropRecipe, windows
+from pipelines.batch import Batch
+from pipelines.crops import CropRecipe
 from pipelines.decode_torch import TorchDecoder
-from pipelines.fetch import Fetcher, shelf_of
-from pipelines.order import AnyOrder, Order, ShardOrder
-from pipelines.photometric import Colours, PhotometricRecipe, draw_colours
-from pipelines.photometric import augment as reference_augment
+from pipelines.decoder import Decoder, DecodeRequest
+from pipelines.fetch import Fetcher, choose_cache
+from pipelines.maker import BatchMaker, choose_augment
+from pipelines.order import Order, SampleOrder, ShardOrder
+from pipelines.photometric import PhotometricRecipe
 from pipelines.prefetch import Prefetcher
-from pipelines.request import Decoder, Request, Undecodable
+from pipelines.reader import SampleReader
 from pipelines.stall import StallClock
-from shards.cache import CACHE_BYTES, Shelf
+from shards.cache.interface import Cache
+from shards.cache.shard_cache import CACHE_BYTES
 from shards.errors import UserError
-from shards.images.decode import UndecodableError, decode
-from shards.index import BadSample, ShardIndex
+from shards.index import ShardIndex
 
-_READING = 5  # seconds for a request once its shards are at hand, and
-_MAKING = 60  # for a batch once its pictures are read, beyond `timeout`
-_IN_HAND = 3  # batches beside those queued: at the step, just given up by it, being made
-
-# As `photometric.augment`, and threads for it.
-Augment: TypeAlias = Callable[[Tensor, Colours, Tensor, Executor], None]
+# The stages have different timeouts, so that the error names the stage that is stuck. The first to time out is the
+# fetching of shards, after `timeout` seconds.
+_READ_SECONDS = 5  # added to `timeout`: to read a request whose shards have been fetched
+_MAKE_SECONDS = 60  # added to `timeout`: to make a batch whose images have been read
+_IN_USE = 3  # batches beside those in the queue: at the step, just released by the step, and being made
 
 
 @dataclass(frozen=True)
 class DataRecipe:
-    """Where the pictures are and how they are read."""
+    """Where the images are and how they are read."""
 
     train: str = "data/train"
     """folder that make-shards wrote"""
     order: Literal["global", "shards"] = "global"
-    """global: each epoch permutes all samples; shards: the shards, and the samples of `window` shards at a time, each
-    shard being read once from end to end: for slow disks and object stores"""
-    window: Annotated[int, Ge(1)] = 8
-    """shards that are mixed with one another, where order is shards"""
+    """global: shuffle all samples in each epoch; shards: shuffle the shards, and the samples of `shuffle_window` shards
+    at a time, so that each shard is read once from end to end, for slow disks and object stores"""
+    shuffle_window: Annotated[int, Ge(1)] = 8
+    """number of shards whose samples are shuffled together; only with order: shards"""
     cache: str = ""
     """folder on this machine for whole copies of the shards, fetched ahead of use: for object stores; empty for none"""
     cache_bytes: Annotated[int, Ge(1)] = CACHE_BYTES
-    """bytes of shards in the cache at most"""
+    """most bytes of shards in the cache"""
     decode: Literal["auto", "dali", "torch"] = "auto"
-    """library that decodes and crops; auto: DALI on a GPU, torch on CPU cores, where it is faster"""
+    """library that decodes and crops; auto: DALI on a GPU; on a CPU torch, which is faster there"""
     decode_device: Literal["auto", "gpu", "cpu"] = "auto"
-    """where pictures are decoded and cropped; auto: the GPU where there is one. They are augmented there in any case"""
+    """where images are decoded and cropped; auto: the GPU where there is one, if DALI
+    decodes. A run on a GPU always augments there"""
     threads: Annotated[int, Ge(0), Le(512)] = 0
-    """CPU threads that decode, for each rank; 0: the machine's cores over its ranks"""
+    """CPU threads that decode, for each rank; 0: the machine's cores divided by its ranks"""
     prefetch: Annotated[int, Ge(1), Le(64)] = 2
-    """length of the queues: requests read ahead, batches being decoded, and batches ready for the step"""
+    """length of each queue: requests read ahead, batches being decoded, and batches ready for the step"""
     max_bad_samples: Annotated[int, Ge(0)] = 100
     """unreadable samples that each rank replaces before it stops the run"""
     timeout: Annotated[int, Ge(1)] = 300
-    """seconds after which the run stops when nothing came from storage, or no batch: something is stuck"""
+    """seconds without data from storage, or without a batch, after which the run stops"""
     hw_decoder_load: Annotated[float, Ge(-1), Le(1)] = -1.0
-    """share of the pictures that the GPU's JPEG engines decode, the rest being left to its cores and the CPU threads;
-    -1: by the number of threads"""
-    size_hint: Annotated[int, Ge(0)] = 0
-    """pixels a side for which the GPU's decoder sets memory aside at the start; 0: what 99 of 100 pictures need"""
+    """share of the images that the GPU's JPEG engines decode; its cores and the CPU threads decode the others; -1:
+    choose by the number of threads"""
+    preallocate_size: Annotated[int, Ge(0)] = 0
+    """side in pixels of the images for which the GPU's decoder allocates memory at the start; 0: enough for 99 of 100
+    images"""
 
 
 def open_index(data: DataRecipe) -> ShardIndex:
-    """The samples of the recipe's folder. Raises UserError where that is not a finished one."""
+    """Open the index of the recipe's folder. Raises UserError if it is not a finished folder of shards."""
     return ShardIndex(data.train, data.cache or None, data.cache_bytes)
 
 
-@dataclass
-class Batch:
-    """One rank's share of a step. Views are stacked view by view: all pictures' view 0, then view 1, and so on."""
-
-    step: int
-    ids: npt.NDArray[np.int64]  # [B]
-    globals: Tensor  # [2·B, 3, G, G], normalised, channels-last
-    locals: Tensor | None  # [n·B, 3, L, L]; None where the recipe has no local views
-    ready: torch.cuda.Event | None = None  # recorded behind the batch on the stream that made it
-
-
 @dataclass(frozen=True)
-class Figures:
-    """What a loader did in some stretch of a run."""
+class LoaderFigures:
+    """What a loader did in some part of a run."""
 
-    stall: float  # seconds that the step stood waiting for batches
-    read_bytes: int  # of compressed pictures
-    requests_ready: float  # read ahead when the decoder asked for the next, on average; up to `prefetch`
-    batches_ready: float  # made ahead when the step asked for the next, on average; up to `prefetch`
+    stall: float
+    """seconds for which the step waited for batches"""
+    read_bytes: int
+    """bytes of encoded images that were read"""
+    requests_ready: float
+    """mean number of requests that were ready when the decoder asked for the next, up to `prefetch`"""
+    batches_ready: float
+    """mean number of batches that were ready when the step asked for the next, up to `prefetch`"""
+
+
+class _Totals(NamedTuple):
+    """What a loader did since it was built. The queues count since `batches` was called last."""
+
+    stall: float
+    """seconds"""
+    read_bytes: int
+    """bytes"""
+    queues: list[tuple[int, int]]
+    """for requests and for batches: items taken, and the queue's lengths at these moments, summed"""
+
+
+_EMPTY_QUEUES = [(0, 0), (0, 0)]
+
+
+class DecoderChoice(NamedTuple):
+    """Which decoder a run uses."""
+
+    dali: bool
+    """whether DALI decodes, or else torch"""
+    device: torch.device
+    """where images are decoded"""
 
 
 class Loader:
-    """Batches of `batch // world` pictures a rank, in the asked dtype, on the device.
+    """Loads batches of `batch // world` images for a rank, in the asked dtype, on the device.
 
-    `bad` lists the reports of samples that had to be replaced; `notes` says what makes it slower than it could be.
+    `notes` are lines for the user that say what makes this loader slower than it could be.
     """
 
     def __init__(
@@ -112,7 +127,7 @@ class Loader:
         index: ShardIndex,
         data: DataRecipe,
         crops: CropRecipe,
-        colours: PhotometricRecipe,
+        augment: PhotometricRecipe,
         *,
         batch: int,
         seed: int,
@@ -121,257 +136,166 @@ class Loader:
         rank: int = 0,
         world: int = 1,
     ) -> None:
-        if batch % world:
-            raise UserError(f"--batch_size {batch} is not a multiple of the {world} ranks: choose one that is")
-        if len(index) < batch:
-            raise UserError(f"--batch_size {batch} is larger than {index.folder} ({len(index)} samples): lower it")
-        self._index, self._data, self._crops, self._colours = index, data, crops, colours
-        if device == torch.device("cuda"):
-            device = torch.device("cuda", torch.cuda.current_device())
-        if data.decode_device == "gpu" and device.type != "cuda":
-            raise UserError("--data.decode_device gpu: this run is not on a GPU; pass auto or cpu")
-        self._seed, self._device, self._dtype = seed, device, dtype
-        self._threads = data.threads or default_threads()
-        self._on_gpu = device.type == "cuda" and data.decode_device != "cpu"  # are pictures decoded
-        self._uses_dali = data.decode == "dali" or (data.decode == "auto" and self._on_gpu)
-        self._rank, self._world, self._share = rank, world, batch // world
-        self.order: AnyOrder = (
-            Order(len(index), batch, seed)
-            if data.order == "global"
-            else ShardOrder(index.shard_sizes(), batch, seed, data.window)
-        )
-        self._shelf: Shelf | None = None
-        if isinstance(self.order, ShardOrder):
-            here = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self._shelf = shelf_of(index, self.order, *here)
-        self._buffers = Buffers(data.prefetch + _IN_HAND)
-        self.bad: dict[int, str] = {}
-        self._augment, self.notes = augment_kernel(device)
-        if index.remote and data.order == "global":
-            how = (
-                "whole shards are copied for single samples"
-                if data.cache
-                else "samples are asked of a store one by one"
-            )
-            self.notes.append(f"{index.folder}: {how}; --data.order shards --data.cache FOLDER reads shards ahead")
-        if self._uses_dali and not index.decoded:
-            self.notes.append(
-                f"{index.folder} was packed with --check header: every picture is decoded twice, once for DALI's safety"
-            )
-        self._stall = StallClock(device)
-        self._read_bytes = 0
-        self._fetched: Fetcher | None = None
+        """`batch` counts the images of all `world` ranks. Raises UserError for settings that do not fit together."""
+        check_batch(index, batch, world)
+        self._index, self._data, self._crops, self._share = index, data, crops, batch // world
+        self._device = name_current_gpu(device)
+        self._choice = choose_decoder(data, self._device)
+        self._threads = data.threads or count_default_threads()
+        self.order = build_order(index, data, batch, seed)
+        self._cache = choose_rank_cache(index, self.order)
+        self._fetcher: Fetcher | None = None
+        validate = needs_validation(index, self._choice)
+        self._reader = SampleReader(index, self.order, crops, rank, world, data.max_bad_samples, validate)
+        augment_function, notes = choose_augment(self._device)
+        self.notes = [*notes, *list_slow_settings(index, data, self._choice)]
+        spare = data.prefetch + _IN_USE
+        self._maker = BatchMaker(self._reader, self.order, crops, augment, augment_function, self._device, dtype, spare)
+        self._stall = StallClock(self._device)
         self._prefetchers: list[Prefetcher[Any]] = []
-        self._before = (0.0, 0, [(0, 0), (0, 0)])  # the totals when `figures` was last called
+        self._last = _Totals(0.0, 0, _EMPTY_QUEUES)  # when `read_figures` was last called
+
+    @property
+    def bad_samples(self) -> dict[int, str]:
+        """Reports of the samples that had to be replaced, one line each, by sample id."""
+        return self._reader.bad_samples
 
     def batches(self, start: int, stop: int) -> Generator[Batch, None, None]:
-        """The batches of steps start … stop − 1. Each stays valid for as long as it is held. Close it to stop early."""
-        depth, limit = self._data.prefetch, self._data.timeout
-        # The limits differ so that the error names the stage that is stuck; a fetcher's is `limit`.
-        reading, making = limit + (_READING if isinstance(self.order, ShardOrder) else 0), limit + _MAKING
+        """Yield the batches of steps start … stop − 1. Each stays valid while it is held. Close it to stop early."""
+        depth, timeout = self._data.prefetch, self._data.timeout
+        read_timeout = timeout + (_READ_SECONDS if isinstance(self.order, ShardOrder) else 0)
+        make_timeout, progress = timeout + _MAKE_SECONDS, self._last_progress
         with (
-            Prefetcher(self._requests(start, stop), depth, "reading shards", reading, self._progress) as requests,
-            Prefetcher(self._make(requests), depth, "making batches", making, self._progress) as made,
+            Prefetcher(self._read_requests(start, stop), depth, "reading shards", read_timeout, progress) as requests,
+            Prefetcher(self._make_batches(requests), depth, "making batches", make_timeout, progress) as made,
         ):
             self._prefetchers = [requests, made]
-            self._before = (*self._before[:2], [(0, 0), (0, 0)])
+            self._last = self._last._replace(queues=_EMPTY_QUEUES)
             try:
                 while True:
-                    self._stall.ask()
+                    self._stall.start_wait()
                     batch = next(made, None)
                     if batch is None:
                         return
-                    self._hand_over(batch)
-                    self._stall.get()
+                    batch.hand_over(self._device)
+                    self._stall.end_wait()
                     yield batch
             finally:
-                requests.stop()  # `made` may be waiting for it
+                requests.stop()  # the thread that makes batches may be waiting for a request
 
-    def _progress(self) -> float:
-        """When a shard last came near, by time.monotonic."""
-        return 0.0 if self._fetched is None else self._fetched.progress
-
-    def figures(self) -> Figures:
-        """Since this was last called."""
-        stall, read, queues = self._before
-        now = self._stall.read(), self._read_bytes, [(made.taken, made.queued) for made in self._prefetchers]
-        self._before = now
+    def read_figures(self) -> LoaderFigures:
+        """Return what happened since this was last called."""
+        queues = [(prefetcher.taken, prefetcher.queued) for prefetcher in self._prefetchers]
+        now, last = _Totals(self._stall.read_seconds(), self._reader.read_bytes, queues), self._last
+        self._last = now
         ready = [
-            (now_queued - queued) / max(1, now_taken - taken)
-            for (taken, queued), (now_taken, now_queued) in zip(queues, now[2], strict=False)
+            (queued - last_queued) / max(1, taken - last_taken)
+            for (last_taken, last_queued), (taken, queued) in zip(last.queues, now.queues, strict=False)
         ]
-        return Figures(now[0] - stall, now[1] - read, *(ready or (0.0, 0.0)))
+        return LoaderFigures(now.stall - last.stall, now.read_bytes - last.read_bytes, *(ready or (0.0, 0.0)))
 
-    # Reading: bytes and windows
-
-    def _requests(self, start: int, stop: int) -> Iterator[Request]:
-        with self._fetcher() as fetched, ThreadPoolExecutor(self._threads, "judging") as pool:
-            self._fetched = fetched
+    def _read_requests(self, start: int, stop: int) -> Iterator[DecodeRequest]:
+        with self._open_fetcher() as fetcher, ThreadPoolExecutor(self._threads, "validating") as pool:
+            self._fetcher = fetcher
             for step in range(start, stop):
-                if fetched is not None:
-                    fetched.need(step)
-                yield self._read(step, pool)
+                if fetcher is not None:
+                    fetcher.wait_for(step)
+                yield self._reader.read_step(step, pool)
 
-    def _fetcher(self) -> contextlib.AbstractContextManager[Fetcher | None]:
-        """What brings whole shards near ahead of use, where the order goes by shards."""
-        if self._shelf is None or not isinstance(self.order, ShardOrder):
+    def _open_fetcher(self) -> contextlib.AbstractContextManager[Fetcher | None]:
+        """Return what fetches whole shards ahead of use, if the order goes by shards."""
+        if self._cache is None or not isinstance(self.order, ShardOrder):
             return contextlib.nullcontext()
-        return Fetcher(self.order, self._shelf, limit=self._data.timeout)
+        return Fetcher(self.order, self._cache, timeout=self._data.timeout)
 
-    def _read(self, step: int, pool: Executor) -> Request:
-        ids = self.order.ids(step, self._rank, self._world)
-        attempts = np.zeros(len(ids), np.int64)
-        while True:
-            try:
-                samples = self._index.read(ids)
-                self._read_bytes += sum(map(len, samples))
-                if self._uses_dali and not self._index.decoded:
-                    self._judge(ids, samples, pool)
-                return Request(step, ids, samples, self._windows(step, ids))
-            except BadSample as bad:
-                place = int(np.flatnonzero(ids == bad.id)[0])
-                self._replace(step, ids, attempts, place, str(bad))
+    def _last_progress(self) -> float:
+        """Return when the last shard was fetched, by time.monotonic."""
+        return 0.0 if self._fetcher is None else self._fetcher.progress
 
-    def _judge(self, ids: npt.NDArray[np.int64], samples: list[bytes], pool: Executor) -> None:
-        """Raises BadSample for the first picture that does not decode: in large batches DALI 2.4 may crash on one."""
-        for id, reason in zip(ids.tolist(), pool.map(_why_undecodable, samples), strict=True):
-            if reason is not None:
-                raise self._index.bad(id, reason)
-
-    def _windows(self, step: int, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        epoch = self.order.epoch(step)
-        return windows(self._crops, self._seed, epoch, ids, self._index.heights[ids], self._index.widths[ids])
-
-    def _replace(
-        self, step: int, ids: npt.NDArray[np.int64], attempts: npt.NDArray[np.int64], place: int, report: str
-    ) -> None:
-        """Put a substitute at `place` of this rank's `ids`, and note why; UserError when there were too many."""
-        self.bad[int(ids[place])] = report
-        if len(self.bad) > self._data.max_bad_samples:
-            raise UserError(
-                f"{len(self.bad)} bad samples in {self._index.folder}, more than --data.max_bad_samples; the last: "
-                f"{report}. Run `make-shards check {self._index.folder}`"
-            )
-        attempts[place] += 1
-        if attempts[place] > self._data.max_bad_samples:
-            raise UserError(f"{self._index.folder}: no readable substitute for a bad sample; the last: {report}")
-        ids[place] = self.order.substitute(step, self._rank * self._share + place, int(attempts[place]))
-
-    # Making: crops and colours
-
-    def _make(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        if self._device.type == "cuda":
+    def _make_batches(self, requests: Iterator[DecodeRequest]) -> Iterator[Batch]:
+        """Yield the batch of each request. On a GPU all work goes to a stream of its own."""
+        on_gpu = self._device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(self._device)
-            with torch.cuda.stream(torch.cuda.Stream(self._device)):
-                yield from self._made(requests)
-        else:
-            yield from self._made(requests)
+        stream = torch.cuda.stream(torch.cuda.Stream(self._device)) if on_gpu else contextlib.nullcontext()
+        with stream, ThreadPoolExecutor(self._threads, "decoding") as pool:
+            yield from self._maker.make_batches(requests, self._build_decoder(pool), pool)
 
-    def _made(self, requests: Iterator[Request]) -> Iterator[Batch]:
-        with ThreadPoolExecutor(self._threads, "pictures") as pool:
-            decoder = self._decoder(pool)
-            for request, crops in decoder.stream(requests):
-                if isinstance(crops, Undecodable):
-                    crops = self._mended(decoder, request, crops)
-                yield self._augmented(request, crops, pool)
-
-    def _decoder(self, pool: Executor) -> Decoder:
-        if not self._uses_dali:
+    def _build_decoder(self, pool: Executor) -> Decoder:
+        """Build the decoder that was chosen. Raises UserError if DALI does not import."""
+        if not self._choice.dali:
             return TorchDecoder(self._crops, pool)
         try:
-            from pipelines.decode_dali import DaliDecoder, hardware_of
+            from pipelines.decode_dali import DaliDecoder, choose_hardware_decoder
         except ImportError as error:
             raise UserError(
-                f"DALI does not import ({error}): pip install -e '.[dali]', or pass --data.decode torch"
+                f"DALI does not import ({error}). Run pip install -e '.[dali]', or pass --data.decode torch"
             ) from error
-        if not self._on_gpu:
-            return DaliDecoder(self._crops, self._share, torch.device("cpu"), self._threads, self._data.prefetch)
-        hardware = hardware_of(self._data.hw_decoder_load, self._data.size_hint, self._threads, self._index)
-        return DaliDecoder(self._crops, self._share, self._device, self._threads, self._data.prefetch, hardware)
-
-    def _mended(self, decoder: Decoder, request: Request, error: Undecodable) -> list[Tensor]:
-        """The crops of a request with an undecodable picture: each picture alone, and a substitute for the bad ones."""
-        attempts = np.zeros(len(request.ids), np.int64)
-        pictures = [self._mended_one(decoder, request, attempts, place) for place in range(len(request.ids))]
-        if not attempts.any():
-            raise UserError(
-                f"decoding step {request.step} failed, though each of its pictures decodes alone ({error}): lower "
-                "--batch_size, or pass --data.decode torch"
-            )
-        return [torch.stack(views) for views in zip(*pictures, strict=True)]
-
-    def _mended_one(
-        self, decoder: Decoder, request: Request, attempts: npt.NDArray[np.int64], place: int
-    ) -> list[Tensor]:
-        while True:
-            sample, at = request.ids[place : place + 1], request.windows[:, place : place + 1]
-            try:
-                return decoder.one(self._index.read(sample)[0], at)
-            except (Undecodable, BadSample) as error:
-                report = f"{self._index.describe(int(sample[0]))}: {error}"
-                self._replace(request.step, request.ids, attempts, place, report)
-                request.windows[:, place : place + 1] = self._windows(request.step, request.ids[place : place + 1])
-
-    def _augmented(self, request: Request, crops: list[Tensor], pool: Executor) -> Batch:
-        epoch = self.order.epoch(request.step)
-        colours = draw_colours(self._colours, self._seed, epoch, request.ids, self._crops.views)
-        batches = []
-        for (size, views), pictures in zip(self._crops.resolutions, crops, strict=True):
-            batches.append(self._empty(len(request.ids) * (views.stop - views.start), size))
-            self._augment(self._on_device(pictures), colours[views], batches[-1], pool)
-        ready = None
-        if self._device.type == "cuda":
-            ready = torch.cuda.Event()
-            ready.record()
-        return Batch(request.step, request.ids, batches[0], batches[1] if self._crops.locals else None, ready)
-
-    def _on_device(self, pictures: Tensor) -> Tensor:
-        """Crops made on the CPU to the GPU, through pinned memory, so that the host need not wait for the copy."""
-        if pictures.device.type == self._device.type:
-            return pictures
-        return pictures.pin_memory().to(self._device, non_blocking=True)
-
-    def _empty(self, pictures: int, side: int) -> Tensor:
-        shape = (pictures, side, side, 3)
-        if self._device.type == "cpu":
-            return self._buffers.empty(shape, self._dtype).permute(0, 3, 1, 2)
-        return torch.empty(shape, dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
-
-    def _hand_over(self, batch: Batch) -> None:
-        """Let the step's stream wait for the batch, not the host; and keep its memory until that stream is done."""
-        if batch.ready is not None:
-            stream = torch.cuda.current_stream(self._device)
-            stream.wait_event(batch.ready)
-            for views in (batch.globals, batch.locals):
-                if views is not None:
-                    views.record_stream(stream)
+        data, device, hardware = self._data, self._choice.device, None
+        if device.type == "cuda":
+            hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, self._threads, self._index)
+        return DaliDecoder(self._crops, self._share, device, self._threads, data.prefetch, hardware)
 
 
-def augment_kernel(device: torch.device) -> tuple[Augment, list[str]]:
-    """The fastest way to augment on a device, and what to tell where that is not installed. All ways agree to a level;
-    the reference is what they agree with."""
-    try:
-        if device.type == "cpu":
-            from pipelines import photometric_cpu
-
-            return photometric_cpu.augment, []
-        from pipelines import photometric_triton
-
-        return lambda pictures, colours, out, _: photometric_triton.augment(pictures, colours, out), []
-    except ImportError as error:
-        note = f"{error}: colours take several times as long without it"
-        return lambda pictures, colours, out, _: reference_augment(pictures, colours, out), [note]
+def check_batch(index: ShardIndex, batch: int, world: int) -> None:
+    """Raise UserError unless a batch divides evenly among `world` ranks and the index has enough samples for one."""
+    if batch % world:
+        raise UserError(f"--batch_size {batch} is not a multiple of the {world} ranks. Choose one that is")
+    if len(index) < batch:
+        raise UserError(f"--batch_size {batch} is larger than {index.folder} ({len(index)} samples). Lower it")
 
 
-def _why_undecodable(sample: bytes) -> str | None:
-    try:
-        decode(sample, max_pixels=sys.maxsize)  # packing had a limit of its own
-    except UndecodableError as error:
-        return str(error)
-    return None
+def name_current_gpu(device: torch.device) -> torch.device:
+    """Return the device with its number, if it is a GPU without one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
 
 
-def default_threads() -> int:
-    """The cores that this process may use, shared with the other ranks of its machine."""
+def choose_decoder(data: DataRecipe, device: torch.device) -> DecoderChoice:
+    """Return the decoder for a run on `device`. Raises UserError if it needs a GPU and the run has none."""
+    if data.decode_device == "gpu" and device.type != "cuda":
+        raise UserError("--data.decode_device gpu needs a run on a GPU, and this one is not. Pass auto or cpu")
+    on_gpu = device.type == "cuda" and data.decode_device != "cpu"
+    dali = data.decode == "dali" or (data.decode == "auto" and on_gpu)
+    return DecoderChoice(dali, device if dali and on_gpu else torch.device("cpu"))
+
+
+def build_order(index: ShardIndex, data: DataRecipe, batch: int, seed: int) -> Order:
+    """Return the order of the samples that the recipe asks for."""
+    if data.order == "global":
+        return SampleOrder(len(index), batch, seed)
+    return ShardOrder(index.count_samples_per_shard(), batch, seed, data.shuffle_window)
+
+
+def choose_rank_cache(index: ShardIndex, order: Order) -> Cache | None:
+    """Return where this rank keeps whole shards, or None if the order does not go by shards. Raises UserError."""
+    return choose_cache(index, order, *read_local_rank_and_count()) if isinstance(order, ShardOrder) else None
+
+
+def needs_validation(index: ShardIndex, choice: DecoderChoice) -> bool:
+    """Return whether each image must be decoded once before DALI gets it, because nobody has checked it so far."""
+    return choice.dali and not index.fully_decoded
+
+
+def list_slow_settings(index: ShardIndex, data: DataRecipe, choice: DecoderChoice) -> list[str]:
+    """Return a line for the user on each setting that makes loading slower than it could be."""
+    notes = []
+    if index.is_remote and data.order == "global":
+        how = "whole shards are copied for single samples" if data.cache else "each sample is a request to the store"
+        notes.append(f"{index.folder}: {how}. To read shards ahead, pass --data.order shards --data.cache FOLDER")
+    if needs_validation(index, choice):
+        notes.append(
+            f"{index.folder} was made with --check header, so every image is decoded twice: DALI may crash on images "
+            "that nobody has checked"
+        )
+    return notes
+
+
+def read_local_rank_and_count() -> tuple[int, int]:
+    """Return the number of this rank among those of its machine, and how many these are."""
+    return int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def count_default_threads() -> int:
+    """Return this process's share of the CPU cores: those that it may use, divided by the ranks of its machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // read_local_rank_and_count()[1])

@@ -1,10 +1,10 @@
-"""Which samples a step sees: stateless permutations of the data set for each epoch, the same for every world size.
+"""Decide which samples a step sees, by permutations that need no state and do not depend on the number of ranks.
 
-An epoch is `samples // batch` steps. The remainder of less than one global batch is dropped, and since each epoch has
-a permutation of its own, it falls on other samples each time.
+An epoch is `samples // batch` steps. The remainder, less than one global batch, is dropped. Each epoch has another
+permutation, so the remainder consists of other samples each time.
 
-`Order` permutes all samples at once: for local disks and the page cache. `ShardOrder` permutes the shards, and then
-the samples of a few shards at a time: for storage that is read best from one end to the other.
+`SampleOrder` permutes all samples at once, for local disks and the page cache. `ShardOrder` permutes the shards, and
+then the samples of a few shards at a time, for storage that is fastest when it is read from end to end.
 """
 
 import functools
@@ -15,20 +15,20 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipelines.counters import ORDER, key_of, philox
+from pipelines.random_numbers import ORDER_STREAM, derive_key, philox
 
 Ids = npt.NDArray[np.int64]
 
-# Luby and Rackoff need four rounds for a strong permutation; two more cost nothing that shows.
+# Luby and Rackoff need four rounds for a strong permutation. Two more take no time that can be measured.
 _ROUNDS = 6
 
 
 def permute(positions: npt.ArrayLike, size: int, seed: int, epoch: int, part: int = 0) -> Ids:
-    """Where a pseudo-random permutation of range(size) sends `positions` (integers in [0, size)), elementwise.
+    """Return where a pseudo-random permutation of range(size) sends `positions`, integers in [0, size), elementwise.
 
-    `part` (below 2**32) keeps the permutations of one epoch apart. A Feistel network over the smallest even number of
-    bits that holds `size`, walked again for as long as it lands outside (Black and Rogaway, "Ciphers with arbitrary
-    finite domains", 2002): constant memory, and fewer than four walks on average, whatever the size.
+    Each `part` (below 2**32) of an epoch has another permutation. It is a Feistel network over the smallest even number
+    of bits that holds `size`. Results outside the range go through it again (Black and Rogaway, "Ciphers with arbitrary
+    finite domains", 2002). That needs constant memory, and fewer than four passes on average, whatever the size.
     """
     half = max(1, -(-(size - 1).bit_length() // 2))
     ids = _feistel(np.asarray(positions, np.uint64), half, seed, epoch, part)
@@ -38,9 +38,10 @@ def permute(positions: npt.ArrayLike, size: int, seed: int, epoch: int, part: in
 
 
 def _feistel(values: npt.NDArray[np.uint64], half: int, seed: int, epoch: int, part: int) -> npt.NDArray[np.uint64]:
+    """Apply the Feistel network of 2 · `half` bits once."""
     mask, shift = np.uint64((1 << half) - 1), np.uint64(half)
     left, right = values >> shift, values & mask
-    key = key_of(seed, ORDER)
+    key = derive_key(seed, ORDER_STREAM)
     zero = np.zeros_like(right)
     for number in range(_ROUNDS):
         counter = (right, zero + np.uint64(epoch), zero + np.uint64(number), zero + np.uint64(part))
@@ -48,29 +49,37 @@ def _feistel(values: npt.NDArray[np.uint64], half: int, seed: int, epoch: int, p
     return (left << shift) | right
 
 
-class AnyOrder(ABC):
-    """What every order has: `samples` in the index, `batch` images a global step, a seed, and epochs of whole steps."""
+class Order(ABC):
+    """A rule that says which samples each step sees."""
 
     samples: int
+    """number of samples in the index"""
     batch: int
+    """samples of a global step, over all ranks"""
     seed: int
+    """seed of the run"""
 
-    def refuse_large_batch(self) -> None:
-        """Raises ValueError where not one global batch fits in an epoch."""
+    def check_batch(self) -> None:
+        """Raise ValueError if an epoch has fewer samples than one global batch."""
         if self.samples < self.batch:
             raise ValueError(
-                f"batch_size {self.batch} is larger than the data set ({self.samples} samples): lower --batch_size"
+                f"batch_size {self.batch} is larger than the data set ({self.samples} samples). Lower --batch_size"
             )
 
     @property
     def steps_per_epoch(self) -> int:
+        """The number of whole global batches in an epoch."""
         return self.samples // self.batch
 
     def epoch(self, step: int) -> int:
+        """Return the epoch of a step, from 0."""
         return step // self.steps_per_epoch
 
     def ids(self, step: int, rank: int = 0, world: int = 1) -> Ids:
-        """Sample ids of `step`: the global batch, or rank's equal contiguous share of it. int64 [batch // world]."""
+        """Return the sample ids of a rank's share of the step's global batch, int64 [batch // world].
+
+        The shares are of equal size, contiguous and in the order of the ranks.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         share = self.batch // world
         first = within * self.batch + rank * share
@@ -78,33 +87,38 @@ class AnyOrder(ABC):
 
     @abstractmethod
     def _ids(self, epoch: int, positions: Ids) -> Ids:
-        """The samples at some positions of an epoch, int64 of the same shape."""
+        """Return the samples at some positions of an epoch, int64 of the same shape."""
 
     @abstractmethod
     def substitute(self, step: int, place: int, attempt: int) -> int:
-        """The id that stands in for a bad sample at `place` of the step's global batch, at `attempt` from 1 on.
+        """Return the id that replaces a bad sample at `place` of the step's global batch.
 
-        No two places share the substitute of one attempt.
+        `attempt` counts from 1. In one attempt no two places get the same id.
         """
 
 
 @dataclass(frozen=True)
-class Order(AnyOrder):
-    """Each epoch is one permutation of all samples. Constant memory, and constant time to reach any step."""
+class SampleOrder(Order):
+    """Permutes all samples in each epoch. It needs constant memory, and constant time for any step."""
 
     samples: int
+    """number of samples in the index"""
     batch: int
+    """samples of a global step, over all ranks"""
     seed: int
+    """seed of the run"""
 
     def __post_init__(self) -> None:
-        self.refuse_large_batch()
+        self.check_batch()
 
     def _ids(self, epoch: int, positions: Ids) -> Ids:
         return permute(positions, self.samples, self.seed, epoch)
 
     def substitute(self, step: int, place: int, attempt: int) -> int:
-        """The one `attempt` batches later in the epoch's permutation, one further with each time round, so that every
-        sample gets its turn."""
+        """Return the sample that lies `attempt` batches later in the epoch's permutation.
+
+        Each time around the permutation it moves one position further, so that every sample gets its turn.
+        """
         epoch, within = divmod(step, self.steps_per_epoch)
         ahead = attempt * self.batch
         position = (within * self.batch + place + ahead + ahead // self.samples) % self.samples
@@ -112,65 +126,68 @@ class Order(AnyOrder):
 
 
 class _Epoch(NamedTuple):
-    """The shards of an epoch in their order, and where they and the windows of them begin."""
+    """The shards of an epoch in their order, and the positions at which shards and windows begin."""
 
-    shards: Ids  # [shards]
-    starts: Ids  # [shards + 1], the position in the epoch at which a shard's samples would begin, unmixed
-    windows: Ids  # [windows + 1], the position at which a window begins
+    shards: Ids
+    """numbers of the shards in the epoch's order [shards]"""
+    starts: Ids
+    """position in the epoch at which each shard would begin if samples were not shuffled [shards + 1]"""
+    windows: Ids
+    """position in the epoch at which each window begins [windows + 1]"""
 
 
-class ShardOrder(AnyOrder):
-    """Each epoch permutes the shards, and all samples within each window of `window` shards that follow one another.
+class ShardOrder(Order):
+    """Permutes the shards in each epoch, and all samples within each window of `window` successive shards.
 
-    `sizes` [shards] are the samples of each, which number them: shard 0 has samples 0 to sizes[0] − 1, and so on; 0 is
-    allowed. Windows are numbered through all epochs, so that the next one is always one more. Every rank's share of a
-    step comes from the whole window, so each machine reads every shard once an epoch. Memory is 16 bytes a shard for
-    each of two epochs, and 8 bytes a window; any step is reached by bisection. Safe in threads.
+    `sizes` [shards] are the numbers of samples. Shard 0 has samples 0 to sizes[0] − 1, and so on. A size may be 0.
+    Windows are numbered through all epochs, so that the next window always has the next number. Every rank's share of a
+    step comes from the whole window, so each machine reads every shard once in an epoch. The memory is 16 bytes for
+    each shard and 8 bytes for each window, for two epochs. Any step is found by bisection. Threads may share it.
     """
 
     def __init__(self, sizes: npt.ArrayLike, batch: int, seed: int, window: int) -> None:
         self.sizes: Ids = np.asarray(sizes, np.int64)
         if window < 1:
-            raise ValueError(f"a window of {window} shards: give --data.window 1 or more")
+            raise ValueError(f"data.shuffle_window {window} is too small. Set --data.shuffle_window to 1 or more")
         self.samples, self.batch, self.seed = int(self.sizes.sum()), batch, seed
-        self.refuse_large_batch()
+        self.check_batch()
         self.window = min(window, len(self.sizes))
         self.windows_per_epoch = -(-len(self.sizes) // self.window)
         self._firsts = np.cumsum(self.sizes) - self.sizes  # [shards], the number of a shard's first sample
-        # The step and what is fetched ahead of it may lie in two epochs.
-        self._epoch = functools.lru_cache(2)(self._tables)
+        # Two epochs, because a step and the windows that are fetched ahead of it may lie in two.
+        self._epoch = functools.lru_cache(2)(self._build_epoch)
 
-    def _tables(self, epoch: int) -> _Epoch:
+    def _build_epoch(self, epoch: int) -> _Epoch:
         shards = permute(np.arange(len(self.sizes)), len(self.sizes), self.seed, epoch)
         starts = np.concatenate([[0], np.cumsum(self.sizes[shards])])
         return _Epoch(shards, starts, np.append(starts[: -1 : self.window], starts[-1]))
 
     def _ids(self, epoch: int, positions: Ids) -> Ids:
         tables = self._epoch(epoch)
-        mixed = np.empty_like(positions)
-        windows = _holding(tables.windows, positions)
+        shuffled = np.empty_like(positions)
+        windows = _find_interval(tables.windows, positions)
         for window in np.unique(windows):  # one or two, unless windows are smaller than a batch
             inside = windows == window
             start, end = tables.windows[window : window + 2]
             # Part 0 is the permutation of the shards.
-            mixed[inside] = start + permute(
+            shuffled[inside] = start + permute(
                 positions[inside] - start, int(end - start), self.seed, epoch, int(window) + 1
             )
-        places = _holding(tables.starts, mixed)
-        return self._firsts[tables.shards[places]] + mixed - tables.starts[places]
+        places = _find_interval(tables.starts, shuffled)
+        return self._firsts[tables.shards[places]] + shuffled - tables.starts[places]
 
     def substitute(self, step: int, place: int, attempt: int) -> int:
-        """A sample of the same window, whose shards are at hand.
+        """Return a sample of the same window. Its shards have been fetched already.
 
-        Let m places of the step lie in the window of n samples. An attempt moves all of them by the same way around
-        the window, so that no two meet: m further with each attempt, and one more each time m more would lead around.
-        After ceil(n / m) · m attempts every sample had its turn.
+        Let the window have n samples, of which m belong to the step. An attempt moves all m by the same distance around
+        the window, so no two of them meet. Each attempt moves m further, and one more each time it goes all around.
+        After ceil(n / m) · m attempts every sample has had its turn.
         """
         epoch, within = divmod(step, self.steps_per_epoch)
         tables = self._epoch(epoch)
         first = within * self.batch
         position = first + place
-        window = int(_holding(tables.windows, np.array(position)))
+        window = int(_find_interval(tables.windows, np.array(position)))
         start, end = (int(edge) for edge in tables.windows[window : window + 2])
         size, together = end - start, min(end, first + self.batch) - max(start, first)
         around, once = divmod(attempt, -(-size // together))
@@ -178,14 +195,14 @@ class ShardOrder(AnyOrder):
         return int(self._ids(epoch, np.array([moved]))[0])
 
     def windows(self, step: int) -> range:
-        """The windows that the global batch of `step` comes from, by their numbers through all epochs."""
+        """Return the numbers of the windows, counted through all epochs, that the step's global batch comes from."""
         epoch, within = divmod(step, self.steps_per_epoch)
         edges = np.array([within * self.batch, (within + 1) * self.batch - 1])
-        first, last = _holding(self._epoch(epoch).windows, edges).tolist()
+        first, last = _find_interval(self._epoch(epoch).windows, edges).tolist()
         return range(epoch * self.windows_per_epoch + first, epoch * self.windows_per_epoch + last + 1)
 
-    def shards_of(self, window: int) -> Ids:
-        """The shards of a window that have samples, in the order of the epoch; none where the epoch drops all of it."""
+    def shards_in_window(self, window: int) -> Ids:
+        """Return the shards of a window that have samples, in the epoch's order. None if the epoch drops all of it."""
         epoch, number = divmod(window, self.windows_per_epoch)
         tables = self._epoch(epoch)
         if tables.windows[number] >= self.steps_per_epoch * self.batch:
@@ -194,10 +211,10 @@ class ShardOrder(AnyOrder):
         return shards[self.sizes[shards] > 0]
 
     def shards(self, step: int) -> Ids:
-        """The shards of the windows of `step`: its samples and their substitutes are in them. Each is named once."""
-        return np.concatenate([self.shards_of(window) for window in self.windows(step)])
+        """Return the shards of the step's windows, each once. They hold its samples and all their substitutes."""
+        return np.concatenate([self.shards_in_window(window) for window in self.windows(step)])
 
 
-def _holding(starts: Ids, positions: Ids) -> Ids:
-    """The place k of each position with starts[k] ≤ position < starts[k + 1]; what is empty holds none."""
+def _find_interval(starts: Ids, positions: Ids) -> Ids:
+    """Return for each position the k with starts[k] ≤ position < starts[k + 1]. Empty intervals are never returned."""
     return np.searchsorted(starts, positions, "right") - 1

@@ -1,7 +1,7 @@
-"""Flip, colour jitter, grey, blur and solarise: the recipe, its parameters from counters, and the exact reference.
+"""Flip, color jitter, grayscale, blur and solarize: the recipe, its parameters from counters, and the exact reference.
 
-The semantics are torchvision's on 8-bit tensors, operation by operation, rounding to 8 bits after each. Everything
-works on a whole batch of pictures; each picture is touched only by the operations that its parameters ask for.
+The semantics are torchvision's on 8-bit tensors, operation by operation, and each operation rounds to 8 bits.
+All functions work on a whole batch of images. An operation touches only the images whose parameters ask for it.
 """
 
 from collections.abc import Callable
@@ -15,24 +15,24 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 
-from pipelines.counters import COLOURS, uniform
+from pipelines.random_numbers import AUGMENT_STREAM, draw_uniform
 
 Probability = Annotated[float, Ge(0), Le(1)]
 Strength = Annotated[float, Ge(0), Le(1)]
 
-Parameters = npt.NDArray[np.float64]  # one number a picture
-Operation = Callable[[Tensor, Parameters], Tensor]  # on uint8 [B, S, S, 3]
+PerImage = npt.NDArray[np.float64]  # [B], one number for each image
+Operation = Callable[[Tensor, PerImage], Tensor]  # on uint8 [B, S, S, 3]
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NONE = -1  # in place of an operation
-NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # the factors that change nothing, by operation
+NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors that change nothing, by operation
 _ORDERS = np.array(list(permutations(range(4))))
 _DRAWS = 11
 BLUR_RADIUS = 7  # pixels: 3.5 sigma at the widest published blur
 SOLARIZE_THRESHOLD = 128
-# On a CPU, many more pixels at once than this cost up to four times as much (bench/LOG.md).
+# On a CPU, many more pixels at a time than these take up to four times as long (bench/LOG.md).
 CHUNK_PIXELS = 2**19
-# The mean and deviation of ImageNet's channels that every published DINO model was trained with.
+# Mean and standard deviation of ImageNet's channels. Every published DINO model was trained with these.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -43,17 +43,17 @@ class PhotometricRecipe:
     flip: Probability = 0.5
     """probability of a horizontal flip"""
     jitter: Probability = 0.8
-    """probability of colour jitter"""
+    """probability of color jitter"""
     brightness: Strength = 0.4
-    """factor uniform in 1 ± this"""
+    """color jitter: the factor is uniform in 1 ± this"""
     contrast: Strength = 0.4
-    """factor uniform in 1 ± this, around the picture's grey mean"""
+    """color jitter: the factor is uniform in 1 ± this, around the image's mean gray level"""
     saturation: Strength = 0.2
-    """factor uniform in 1 ± this"""
+    """color jitter: the factor is uniform in 1 ± this"""
     hue: Annotated[float, Ge(0), Le(0.5)] = 0.1
-    """shift uniform in ± this share of the circle"""
-    grey: Probability = 0.2
-    """probability of losing all colour"""
+    """color jitter: the shift is uniform in ± this share of the color circle"""
+    grayscale: Probability = 0.2
+    """probability of grayscale"""
     blur_global_1: Probability = 1.0
     """probability of blur in the first global view"""
     blur_global_2: Probability = 0.1
@@ -61,124 +61,147 @@ class PhotometricRecipe:
     blur_locals: Probability = 0.5
     """probability of blur in a local view"""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """standard deviation of the blur in pixels, uniform between these"""
+    """least and greatest standard deviation of the blur in pixels, uniform between them"""
     solarize_global_2: Probability = 0.2
-    """probability of solarising the second global view"""
+    """probability of solarize in the second global view"""
 
 
 @dataclass(frozen=True)
-class Colours:
-    """Parameters of every view and picture. Arrays are [views, B] and, for the jitter, [views, B, 4]."""
+class AugmentParameters:
+    """What is done to every view of every image. Arrays are [views, B]; some have 4 numbers more, [views, B, 4]."""
 
     flip: npt.NDArray[np.bool_]
+    """whether the view is flipped [views, B]"""
     jitter: npt.NDArray[np.bool_]
-    order: npt.NDArray[np.int64]  # the four operations in the order in which they apply
-    factor: npt.NDArray[np.float64]  # by operation: three factors and the hue's shift
-    grey: npt.NDArray[np.bool_]
-    sigma: npt.NDArray[np.float64]  # pixels; 0 for no blur
+    """whether color jitter applies [views, B]"""
+    order: npt.NDArray[np.int64]
+    """the four jitter operations in the order in which they apply [views, B, 4]"""
+    factor: npt.NDArray[np.float64]
+    """three factors and the shift of the hue, by operation [views, B, 4]"""
+    grayscale: npt.NDArray[np.bool_]
+    """whether the view becomes gray [views, B]"""
+    blur_sigma: npt.NDArray[np.float64]
+    """standard deviation of the blur in pixels, 0 for no blur [views, B]"""
     solarize: npt.NDArray[np.bool_]
+    """whether the view is solarized [views, B]"""
 
-    def __getitem__(self, key: Any) -> "Colours":
-        """All arrays indexed alike: one view's parameters ([B] and [B, 4]), those of some views, of some pictures."""
-        return Colours(*(getattr(self, field.name)[key] for field in fields(self)))
+    def __getitem__(self, key: Any) -> "AugmentParameters":
+        """Index all arrays alike, for one view ([B] and [B, 4]), for some views or for some images."""
+        return AugmentParameters(*(getattr(self, field.name)[key] for field in fields(self)))
 
 
-def draw_colours(recipe: PhotometricRecipe, seed: int, epoch: int, ids: npt.NDArray[np.int64], views: int) -> Colours:
-    """The parameters of samples `ids` [B] in each of `views` views, the first two of them global."""
+def draw_augment_parameters(
+    recipe: PhotometricRecipe, seed: int, epoch: int, ids: npt.NDArray[np.int64], views: int
+) -> AugmentParameters:
+    """Return the parameters of samples `ids` [B] in each of `views` views. The first two views are the global ones."""
     numbers = np.arange(views)
-    u = uniform(seed, COLOURS, epoch, ids[None, :], numbers[:, None], _DRAWS)
+    u = draw_uniform(seed, AUGMENT_STREAM, epoch, ids[None, :], numbers[:, None], _DRAWS)
     blur = np.array([recipe.blur_global_1, recipe.blur_global_2] + [recipe.blur_locals] * (views - 2))[:, None]
     solarize = np.where(numbers == 1, recipe.solarize_global_2, 0.0)[:, None]
     strengths = np.array([recipe.brightness, recipe.contrast, recipe.saturation, recipe.hue])
     low, high = recipe.blur_sigma
-    return Colours(
+    return AugmentParameters(
         flip=u[..., 0] < recipe.flip,
         jitter=u[..., 1] < recipe.jitter,
         order=_ORDERS[(u[..., 2] * len(_ORDERS)).astype(np.int64)],
         factor=NEUTRAL + strengths * (2 * u[..., 3:7] - 1),
-        grey=u[..., 7] < recipe.grey,
-        sigma=np.where(u[..., 8] < blur, low + (high - low) * u[..., 9], 0.0),
+        grayscale=u[..., 7] < recipe.grayscale,
+        blur_sigma=np.where(u[..., 8] < blur, low + (high - low) * u[..., 9], 0.0),
         solarize=u[..., 10] < solarize,
     )
 
 
-def augment(pictures: Tensor, colours: Colours, out: Tensor) -> None:
-    """All views of one resolution: `pictures` uint8 [B, V, S, S, 3] and their `colours` [V, B], normalised into `out`
-    [V·B, 3, S, S], view-major. The reference: every fast kernel has this contract."""
-    batch, side = len(pictures), pictures.shape[2]
-    step = batch if pictures.is_cuda else max(1, CHUNK_PIXELS // side**2)
+def augment(images: Tensor, parameters: AugmentParameters, out: Tensor) -> None:
+    """Augment and normalize all views of one resolution. Every fast kernel has this contract.
+
+    `images` is uint8 [B, V, S, S, 3] and stays as it is, `parameters` has arrays [V, B]. The result goes into `out`
+    [V·B, 3, S, S]: view 0 of all images, then view 1 of all images, and so on.
+    """
+    batch, side = len(images), images.shape[2]
+    step = batch if images.is_cuda else max(1, CHUNK_PIXELS // side**2)
     for view, target in enumerate(out.split(batch)):
         for first in range(0, batch, step):
             part = slice(first, first + step)
-            normalise(apply_colours(pictures[part, view], colours[view][part]), target[part])
+            normalize(augment_levels(images[part, view], parameters[view][part]), target[part])
 
 
-def apply_colours(pictures: Tensor, colours: Colours) -> Tensor:
-    """Everything but the normalisation: uint8 [B, S, S, 3], left as they are, to the same shape."""
-    pictures = pictures.clone()
-    _change(pictures, colours.flip, lambda chosen, _: chosen.flip(2), colours.flip)
-    operations = active_operations(colours)
+def augment_levels(images: Tensor, parameters: AugmentParameters) -> Tensor:
+    """Apply everything but the normalization to one view.
+
+    Takes and returns uint8 [B, S, S, 3]. `images` stays as it is, `parameters` has arrays [B].
+    """
+    images = images.clone()
+    _apply_where(images, parameters.flip, lambda chosen, _: chosen.flip(2), parameters.flip)
+    operations = active_operations(parameters)
     for turn in range(4):
-        for operation, change in _JITTER.items():
-            _change(pictures, operations[:, turn] == operation, change, colours.factor[:, operation])
-    _change(pictures, colours.grey, lambda chosen, _: grey(chosen), colours.grey)
-    _change(pictures, colours.sigma > 0, gaussian_blur, colours.sigma)
-    _change(pictures, colours.solarize, lambda chosen, _: solarize(chosen), colours.solarize)
-    return pictures
+        for operation, adjust in _JITTER.items():
+            _apply_where(images, operations[:, turn] == operation, adjust, parameters.factor[:, operation])
+    _apply_where(images, parameters.grayscale, lambda chosen, _: to_grayscale(chosen), parameters.grayscale)
+    _apply_where(images, parameters.blur_sigma > 0, gaussian_blur, parameters.blur_sigma)
+    _apply_where(images, parameters.solarize, lambda chosen, _: solarize(chosen), parameters.solarize)
+    return images
 
 
-def active_operations(colours: Colours) -> npt.NDArray[np.int64]:
-    """The jitter's operations that change a picture [..., 4], in their order, then NONE: a factor of exactly 1 (or a
-    shift of 0) leaves its operation out, as torchvision does for a strength of 0."""
-    changes = colours.jitter[..., None] & (colours.factor != NEUTRAL)  # by operation
-    active = np.take_along_axis(changes, colours.order, -1)
+def active_operations(parameters: AugmentParameters) -> npt.NDArray[np.int64]:
+    """Return the jitter operations that change an image [..., 4], in their order and followed by NONE.
+
+    A factor of exactly 1, or a shift of 0, leaves its operation out, as torchvision does for a strength of 0.
+    """
+    changes = parameters.jitter[..., None] & (parameters.factor != NEUTRAL)  # by operation
+    active = np.take_along_axis(changes, parameters.order, -1)
     first = np.argsort(~active, axis=-1, kind="stable")
-    return np.take_along_axis(np.where(active, colours.order, NONE), first, -1)
+    return np.take_along_axis(np.where(active, parameters.order, NONE), first, -1)
 
 
-def _change(pictures: Tensor, chosen: npt.NDArray[np.bool_], operation: Operation, parameter: npt.NDArray[Any]) -> None:
-    """Replace the `chosen` [B] pictures by operation(pictures, parameters)."""
+def _apply_where(
+    images: Tensor, chosen: npt.NDArray[np.bool_], operation: Operation, parameter: npt.NDArray[Any]
+) -> None:
+    """Replace the `chosen` [B] images by operation(images, parameters)."""
     places = np.flatnonzero(chosen)
     if len(places):
-        index = torch.from_numpy(places).to(pictures.device, non_blocking=True)
-        pictures[index] = operation(pictures[index], parameter[places])
+        index = torch.from_numpy(places).to(images.device, non_blocking=True)
+        images[index] = operation(images[index], parameter[places])
 
 
-def _per_picture(values: npt.NDArray[np.float64], like: Tensor) -> Tensor:
+def _broadcast(values: PerImage, like: Tensor) -> Tensor:
+    """Return `values` [B] as float32 [B, 1, 1, 1] on the device of `like`."""
     return torch.from_numpy(values.astype(np.float32)).to(like.device, non_blocking=True).view(-1, 1, 1, 1)
 
 
-def grey_levels(pictures: Tensor) -> Tensor:
-    """Luma by ITU-R BT.601, rounded down: uint8 [B, S, S, 3] to float32 [B, S, S, 1]."""
-    red, green, blue = pictures.unbind(-1)
+def gray_levels(images: Tensor) -> Tensor:
+    """Return the luma by ITU-R BT.601, rounded down: uint8 [B, S, S, 3] to float32 [B, S, S, 1]."""
+    red, green, blue = images.unbind(-1)
     return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(-1)
 
 
-def _blend(pictures: Tensor, other: Tensor | None, factor: Parameters) -> Tensor:
-    """factor · pictures + (1 − factor) · other, clamped and cut to 8 bits; None stands for black."""
-    mixed = pictures * _per_picture(factor, pictures)
+def _blend(images: Tensor, other: Tensor | None, factor: PerImage) -> Tensor:
+    """Return factor · images + (1 − factor) · other, clamped and cut to 8 bits. None stands for black."""
+    mixed = images * _broadcast(factor, images)
     if other is not None:
-        mixed = mixed.addcmul_(other, _per_picture(1 - factor, pictures))
+        mixed = mixed.addcmul_(other, _broadcast(1 - factor, images))
     return mixed.clamp_(0, 255).to(torch.uint8)
 
 
-def brightness(pictures: Tensor, factor: Parameters) -> Tensor:
-    return _blend(pictures, None, factor)
+def adjust_brightness(images: Tensor, factor: PerImage) -> Tensor:
+    """Blend with black. Takes and returns uint8 [B, S, S, 3], as the following functions do."""
+    return _blend(images, None, factor)
 
 
-def contrast(pictures: Tensor, factor: Parameters) -> Tensor:
-    return _blend(pictures, grey_levels(pictures).mean((1, 2, 3), keepdim=True), factor)
+def adjust_contrast(images: Tensor, factor: PerImage) -> Tensor:
+    """Blend with each image's mean gray level."""
+    return _blend(images, gray_levels(images).mean((1, 2, 3), keepdim=True), factor)
 
 
-def saturation(pictures: Tensor, factor: Parameters) -> Tensor:
-    return _blend(pictures, grey_levels(pictures), factor)
+def adjust_saturation(images: Tensor, factor: PerImage) -> Tensor:
+    """Blend with each image in grayscale."""
+    return _blend(images, gray_levels(images), factor)
 
 
-def hue(pictures: Tensor, shift: Parameters) -> Tensor:
-    """Turn the hue by `shift` [B] of a full circle, in HSV."""
-    pictures = pictures.to(torch.float32) / 255
-    red, green, blue = pictures.unbind(-1)
-    value, least = pictures.amax(-1), pictures.amin(-1)
+def adjust_hue(images: Tensor, shift: PerImage) -> Tensor:
+    """Turn the hue by `shift` [B] of a full circle, in HSV (Smith's hexcone)."""
+    images = images.to(torch.float32) / 255
+    red, green, blue = images.unbind(-1)
+    value, least = images.amax(-1), images.amin(-1)
     range_ = value - least
     divisor = torch.where(range_ == 0, 1.0, range_)
     sector = torch.where(
@@ -186,28 +209,30 @@ def hue(pictures: Tensor, shift: Parameters) -> Tensor:
         (green - blue) / divisor,
         torch.where(value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor),
     )
-    turned = (sector / 6 + _per_picture(shift, pictures).squeeze(-1)).remainder_(1.0) * 6
-    # Smith's hexcone: a channel falls from `value` by `range_` according to its distance from the hue.
-    distance = (turned.unsqueeze(-1) + torch.tensor([5.0, 3.0, 1.0], device=pictures.device)).remainder_(6.0)
+    turned = (sector / 6 + _broadcast(shift, images).squeeze(-1)).remainder_(1.0) * 6
+    # A channel falls from `value` by a share of `range_` that depends on its distance from the hue.
+    distance = (turned.unsqueeze(-1) + torch.tensor([5.0, 3.0, 1.0], device=images.device)).remainder_(6.0)
     fall = torch.minimum(distance, 4 - distance).clamp_(0, 1)
     return value.unsqueeze(-1).sub(range_.unsqueeze(-1) * fall).clamp_(0, 1).mul_(255.999).to(torch.uint8)
 
 
-def grey(pictures: Tensor) -> Tensor:
-    return grey_levels(pictures).to(torch.uint8).expand_as(pictures)
+def to_grayscale(images: Tensor) -> Tensor:
+    """Give all channels the gray level."""
+    return gray_levels(images).to(torch.uint8).expand_as(images)
 
 
-def solarize(pictures: Tensor) -> Tensor:
-    return torch.where(pictures >= SOLARIZE_THRESHOLD, 255 - pictures, pictures)
+def solarize(images: Tensor) -> Tensor:
+    """Invert all levels from SOLARIZE_THRESHOLD on."""
+    return torch.where(images >= SOLARIZE_THRESHOLD, 255 - images, images)
 
 
-def gaussian_blur(pictures: Tensor, sigma: Parameters) -> Tensor:
-    """Gaussian blur with `sigma` [B] pixels: a separable 15-tap kernel, reflected at the edges, rounded to 8 bits."""
-    kernel = blur_weights(sigma)
-    weights = [_per_picture(kernel[:, tap], pictures) for tap in range(2 * BLUR_RADIUS + 1)]
-    side = pictures.shape[1]
-    reflect = torch.from_numpy(np.pad(np.arange(side), BLUR_RADIUS, "reflect")).to(pictures.device, non_blocking=True)
-    blurred = pictures.to(torch.float32)
+def gaussian_blur(images: Tensor, sigma: PerImage) -> Tensor:
+    """Blur with `sigma` [B] pixels by a separable kernel of 15 taps, reflected at the edges, rounded to 8 bits."""
+    kernel = gaussian_kernels(sigma)
+    weights = [_broadcast(kernel[:, tap], images) for tap in range(2 * BLUR_RADIUS + 1)]
+    side = images.shape[1]
+    reflect = torch.from_numpy(np.pad(np.arange(side), BLUR_RADIUS, "reflect")).to(images.device, non_blocking=True)
+    blurred = images.to(torch.float32)
     for axis in (1, 2):
         padded = blurred.index_select(axis, reflect)
         blurred = padded.narrow(axis, 0, side) * weights[0]
@@ -216,27 +241,35 @@ def gaussian_blur(pictures: Tensor, sigma: Parameters) -> Tensor:
     return blurred.round_().to(torch.uint8)
 
 
-def blur_weights(sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """The Gaussian kernels [..., 15] of `sigma` [...] pixels, each of sum 1; a sigma of 0 stands for no blur."""
+def gaussian_kernels(sigma: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the Gaussian kernels [..., 15] of `sigma` [...] pixels. Each has the sum 1.
+
+    A sigma of 0 stands for no blur. Its kernel has no meaning.
+    """
     taps = np.arange(-BLUR_RADIUS, BLUR_RADIUS + 1)
     kernels = np.exp(-0.5 * (taps / np.where(sigma > 0, sigma, 1)[..., None]) ** 2)
     weights: npt.NDArray[np.float64] = kernels / kernels.sum(-1, keepdims=True)
     return weights
 
 
-_JITTER = {BRIGHTNESS: brightness, CONTRAST: contrast, SATURATION: saturation, HUE: hue}
+_JITTER = {
+    BRIGHTNESS: adjust_brightness,
+    CONTRAST: adjust_contrast,
+    SATURATION: adjust_saturation,
+    HUE: adjust_hue,
+}
 
 
-def normalise(pictures: Tensor, out: Tensor) -> None:
-    """Write (level / 255 − mean) / std of uint8 [B, S, S, 3] into `out` [B, 3, S, S], channels-last, any float."""
-    scale = torch.tensor([1 / (255 * std) for std in STD], device=pictures.device)
-    shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)], device=pictures.device)
-    out.permute(0, 2, 3, 1).copy_((pictures * scale).add_(shift))
+def normalize(images: Tensor, out: Tensor) -> None:
+    """Write (level / 255 − mean) / std of uint8 [B, S, S, 3] into `out` [B, 3, S, S], channels-last, any float type."""
+    scale = torch.tensor([1 / (255 * std) for std in STD], device=images.device)
+    shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)], device=images.device)
+    out.permute(0, 2, 3, 1).copy_((images * scale).add_(shift))
 
 
-def normalised_levels(dtype: torch.dtype) -> Tensor:
-    """What `normalise` makes of each level: [3, 256], by channel."""
+def build_normalize_table(dtype: torch.dtype) -> Tensor:
+    """Return what `normalize` makes of each level in each channel, [3, 256]."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     out = torch.empty(1, 3, 16, 16, dtype=dtype)
-    normalise(levels, out)
+    normalize(levels, out)
     return out.view(3, 256)

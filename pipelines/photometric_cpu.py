@@ -1,8 +1,8 @@
-"""The photometric stage on CPU cores: picture by picture, only the operations that a picture's parameters ask for.
+"""Augment on CPU cores, image by image. Each image gets only the operations that its parameters ask for.
 
-The semantics are those of the reference in `photometric.py`. Machine code by numba, which works without the GIL, so
-that threads scale. Levels are kept as whole numbers in float32 planes, on which loops become vector instructions; the
-last step looks every level up in a table of normalised values, so that any float type comes out exactly rounded.
+The semantics are those of the reference in `photometric.py`. numba compiles to machine code that runs without the GIL,
+so threads scale. Levels are whole numbers in float32 planes: loops over those become vector instructions. The last step
+looks up every level in a table of normalized values, so that any float type is rounded exactly.
 """
 
 import threading
@@ -24,51 +24,57 @@ from pipelines.photometric import (
     NONE,
     SATURATION,
     SOLARIZE_THRESHOLD,
-    Colours,
+    AugmentParameters,
     active_operations,
-    blur_weights,
-    normalised_levels,
+    build_normalize_table,
+    gaussian_kernels,
 )
 
 Array: TypeAlias = npt.NDArray[Any]
-Level: TypeAlias = Any  # float32: numpy's own type for one is no good to mypy
+Level: TypeAlias = Any  # one float32; mypy does not accept numpy's own type for it
 Scratch: TypeAlias = tuple[Array, Array, Array]
 
-_BITS = {2: torch.int16, 4: torch.int32}  # integers that stand for the floats of a table
-_CHUNK = 8  # pictures of one task
+_BITS = {2: torch.int16, 4: torch.int32}  # integer types that carry the bits of a table's floats, by their bytes
+_CHUNK = 8  # images of one task
 
 _scratch = threading.local()
 
 
-def augment(pictures: Tensor, colours: Colours, out: Tensor, pool: Executor) -> None:
-    """All views of one resolution: `pictures` uint8 [B, V, S, S, 3] and their `colours` [V, B], normalised into `out`
-    [V·B, 3, S, S], channels-last, a float type of 2 or 4 bytes; view-major. On the CPU, over the threads of `pool`."""
-    batch, views, side = pictures.shape[:3]
+def augment(images: Tensor, parameters: AugmentParameters, out: Tensor, pool: Executor) -> None:
+    """Augment and normalize all views of one resolution on the CPU, with the threads of `pool`.
+
+    `images` is uint8 [B, V, S, S, 3], `parameters` has arrays [V, B]. The result goes into `out` [V·B, 3, S, S],
+    channels-last, of a float type of 2 or 4 bytes: view 0 of all images, then view 1 of all images, and so on.
+    """
+    batch, views, side = images.shape[:3]
     bits = _BITS[out.element_size()]
-    plain = normalised_levels(out.dtype)
+    plain = build_normalize_table(out.dtype)
     solarized = torch.where(torch.arange(256) < SOLARIZE_THRESHOLD, plain, plain.flip(1))
     tables = torch.stack([plain, solarized]).view(bits).numpy()
-    levels = pictures.numpy()
+    levels = images.numpy()
     target = out.permute(0, 2, 3, 1).view(bits).numpy().reshape(views, batch, side, side, 3)
     plan = (
-        colours.flip,
-        active_operations(colours),
-        colours.factor.astype(np.float32),
-        (1 - colours.factor).astype(np.float32),
-        colours.grey,
-        colours.sigma > 0,
-        blur_weights(colours.sigma).astype(np.float32)[..., BLUR_RADIUS:],
-        colours.solarize.astype(np.int64),
+        parameters.flip,
+        active_operations(parameters),
+        parameters.factor.astype(np.float32),
+        (1 - parameters.factor).astype(np.float32),
+        parameters.grayscale,
+        parameters.blur_sigma > 0,
+        gaussian_kernels(parameters.blur_sigma).astype(np.float32)[..., BLUR_RADIUS:],
+        parameters.solarize.astype(np.int64),
     )
 
-    def work(first: int) -> None:
-        _augment(levels, *plan, tables, target, first, min(first + _CHUNK, batch), _working_memory(side))
+    def augment_chunk(first: int) -> None:
+        _augment(levels, *plan, tables, target, first, min(first + _CHUNK, batch), _get_scratch(side))
 
-    list(pool.map(work, range(0, batch, _CHUNK)))
+    list(pool.map(augment_chunk, range(0, batch, _CHUNK)))
 
 
-def _working_memory(side: int) -> Scratch:
-    """This thread's, float32: the planes of a picture, a row with room for the blur's edges, a row of each channel."""
+def _get_scratch(side: int) -> Scratch:
+    """Return this thread's working memory, float32.
+
+    It has the planes of an image, a row with room for the blur's edges, and a row of each channel.
+    """
     if getattr(_scratch, "side", None) != side:
         _scratch.side = side
         shapes = (3, side, side), (side + 2 * BLUR_RADIUS,), (3, side)
@@ -77,153 +83,164 @@ def _working_memory(side: int) -> Scratch:
     return arrays
 
 
-# "numpy": a division by zero gives inf and no exception, for which no vector instruction could be used. "contract":
-# multiply-add in one instruction, which rounds once where two round twice.
+# "numpy": a division by zero gives inf. An exception instead would rule out vector instructions.
+# "contract": a multiplication and an addition become one instruction, which rounds once instead of twice.
 _options: dict[str, Any] = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
 
 
-def _compiled(function: Callable[..., Any]) -> Any:
-    """Compiled when it is first called, and kept beside this file or in the user's cache."""
+def _compile(function: Callable[..., Any]) -> Any:
+    """Compile a function when it is first called. The result is kept beside this file or in the user's cache."""
     try:
         return njit(cache=True, **_options)(function)
-    except RuntimeError:  # neither can be written: then every process compiles for itself, some seconds
+    except RuntimeError:  # neither place is writable, so every process compiles for itself, which takes seconds
         return njit(**_options)(function)
 
 
-@_compiled
+@_compile
 def _augment(
-    pictures: Array, flip: Array, operations: Array, factor: Array, rest: Array, grey: Array, blur: Array,
+    images: Array, flip: Array, operations: Array, factor: Array, rest: Array, grayscale: Array, blur: Array,
     weights: Array, solarize: Array, tables: Array, out: Array, first: int, last: int, scratch: Scratch,
 ) -> None:  # fmt: skip
-    """Pictures first … last − 1 in all their views."""
+    """Augment images first … last − 1 in all their views."""
     planes, row, blurred = scratch
     for place in range(first, last):
         for view in range(len(flip)):
             at = view, place
             table = tables[solarize[at]]
-            coloured = grey[at] or operations[at][0] != NONE
-            if not coloured and not blur[at]:
-                _look_up(pictures[place, view], flip[at], table, out[at])
+            changed = grayscale[at] or operations[at][0] != NONE
+            if not changed and not blur[at]:
+                _look_up(images[place, view], flip[at], table, out[at])
                 continue
-            _load(pictures[place, view], flip[at], planes)
+            _load(images[place, view], flip[at], planes)
             for operation in operations[at]:
                 if operation != NONE:
                     _jitter(planes, operation, factor[at][operation], rest[at][operation])
-            if grey[at]:
-                _grey(planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1))
+            if grayscale[at]:
+                _to_grayscale(planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1))
             if blur[at]:
                 _blur(planes, weights[at], row, blurred, table, out[at])
             else:
                 _store(planes, table, out[at])
 
 
-@_compiled
-def _load(picture: Array, flip: bool, planes: Array) -> None:
-    side = len(picture)
+@_compile
+def _load(image: Array, flip: bool, planes: Array) -> None:
+    """Copy an image into planes, flipped if `flip`."""
+    side = len(image)
     for y in range(side):
         for x in range(side):
-            source = picture[y, side - 1 - x if flip else x]
+            source = image[y, side - 1 - x if flip else x]
             for channel in range(3):
                 planes[channel, y, x] = source[channel]
 
 
-@_compiled
-def _look_up(picture: Array, flip: bool, table: Array, out: Array) -> None:
-    side = len(picture)
+@_compile
+def _look_up(image: Array, flip: bool, table: Array, out: Array) -> None:
+    """Write the normalized values of an image that nothing else changes, flipped if `flip`."""
+    side = len(image)
     for y in range(side):
         for x in range(side):
-            source = picture[y, side - 1 - x if flip else x]
+            source = image[y, side - 1 - x if flip else x]
             for channel in range(3):
                 out[y, x, channel] = table[channel, np.int32(source[channel])]
 
 
-@_compiled
+@_compile
 def _store(planes: Array, table: Array, out: Array) -> None:
+    """Write the normalized values of all planes."""
     for y in range(len(out)):
         _store_row(planes[0, y], planes[1, y], planes[2, y], table, out[y])
 
 
-@_compiled
+@_compile
 def _store_row(red: Array, green: Array, blue: Array, table: Array, out: Array) -> None:
-    """Levels of a row, rounded, to their normalised values."""
+    """Round the levels of a row, and write their normalized values."""
     for x in range(len(out)):
         out[x, 0] = table[0, np.int32(np.rint(red[x]))]
         out[x, 1] = table[1, np.int32(np.rint(green[x]))]
         out[x, 2] = table[2, np.int32(np.rint(blue[x]))]
 
 
-@_compiled
+@_compile
 def _jitter(planes: Array, operation: int, factor: Level, rest: Level) -> None:
-    """One operation on all planes. They are handed on one by one: rows of one array could overlap, for all the compiler
-    knows, and it would not vectorise."""
+    """Apply one operation to all planes.
+
+    The planes are passed one by one. The compiler cannot know that rows of one array do not overlap, and would then
+    not use vector instructions.
+    """
     red, green, blue = planes[0].reshape(-1), planes[1].reshape(-1), planes[2].reshape(-1)
     if operation == BRIGHTNESS:
         for plane in (red, green, blue):
             _blend(plane, factor, np.float32(0), rest)
     elif operation == CONTRAST:
-        mean = np.float32(_luma_sum(red, green, blue)) / np.float32(len(red))
+        mean = np.float32(_sum_luma(red, green, blue)) / np.float32(len(red))
         for plane in (red, green, blue):
             _blend(plane, factor, mean, rest)
     elif operation == SATURATION:
-        _saturation(red, green, blue, factor, rest)
+        _adjust_saturation(red, green, blue, factor, rest)
     elif operation == HUE:
-        _hue(red, green, blue, factor)
+        _adjust_hue(red, green, blue, factor)
 
 
 @njit(nogil=True, error_model="numpy")
-def _times(one: Level, other: Level) -> Level:
-    """A product that is rounded by itself, where torch rounds it so: where the exact result is a whole number, another
-    rounding is another level."""
+def _multiply(one: Level, other: Level) -> Level:
+    """Return the product, rounded before anything is added to it, as torch rounds it.
+
+    Where the exact result is a whole number, another rounding gives another level.
+    """
     return one * other
 
 
-@_compiled
+@_compile
 def _cut(value: Level) -> Level:
-    """Clamped and cut to a whole level."""
+    """Clamp a value, and cut it to a whole level."""
     return np.floor(min(max(value, np.float32(0)), np.float32(255)))
 
 
-@_compiled
+@_compile
 def _luma(red: Level, green: Level, blue: Level) -> Level:
-    return np.floor(_times(red, np.float32(0.2989)) + green * np.float32(0.587) + blue * np.float32(0.114))
+    """Return the gray level, as `photometric.gray_levels` does."""
+    return np.floor(_multiply(red, np.float32(0.2989)) + green * np.float32(0.587) + blue * np.float32(0.114))
 
 
-@_compiled
+@_compile
 def _blend(plane: Array, factor: Level, other: Level, rest: Level) -> None:
+    """Make each level factor · level + rest · other, in place. `rest` is 1 − factor."""
     for at in range(len(plane)):
-        plane[at] = _cut(_times(plane[at], factor) + other * rest)
+        plane[at] = _cut(_multiply(plane[at], factor) + other * rest)
 
 
-@_compiled
-def _luma_sum(red: Array, green: Array, blue: Array) -> int:
-    total = 0  # of whole numbers: exact in any order
+@_compile
+def _sum_luma(red: Array, green: Array, blue: Array) -> int:
+    """Return the sum of all gray levels."""
+    total = 0  # a sum of whole numbers is exact in any order
     for at in range(len(red)):
         total += np.int32(_luma(red[at], green[at], blue[at]))  # type: ignore[assignment]
     return total
 
 
-@_compiled
-def _saturation(red: Array, green: Array, blue: Array, factor: Level, rest: Level) -> None:
+@_compile
+def _adjust_saturation(red: Array, green: Array, blue: Array, factor: Level, rest: Level) -> None:
     for at in range(len(red)):
         luma = _luma(red[at], green[at], blue[at])
-        red[at] = _cut(_times(red[at], factor) + luma * rest)
-        green[at] = _cut(_times(green[at], factor) + luma * rest)
-        blue[at] = _cut(_times(blue[at], factor) + luma * rest)
+        red[at] = _cut(_multiply(red[at], factor) + luma * rest)
+        green[at] = _cut(_multiply(green[at], factor) + luma * rest)
+        blue[at] = _cut(_multiply(blue[at], factor) + luma * rest)
 
 
-@_compiled
-def _grey(red: Array, green: Array, blue: Array) -> None:
+@_compile
+def _to_grayscale(red: Array, green: Array, blue: Array) -> None:
     for at in range(len(red)):
         luma = _luma(red[at], green[at], blue[at])
         red[at], green[at], blue[at] = luma, luma, luma
 
 
-@_compiled
-def _hue(reds: Array, greens: Array, blues: Array, shift: Level) -> None:
-    """Through HSV, as in `photometric.hue`.
+@_compile
+def _adjust_hue(reds: Array, greens: Array, blues: Array, shift: Level) -> None:
+    """Turn the hue in HSV, as `photometric.adjust_hue` does.
 
-    Written so that every choice is one between two finished values: otherwise the loop is not vectorised, at fifteen
-    times the cost.
+    Every choice here is one between two values that have been computed already. Otherwise the compiler would not use
+    vector instructions, and the loop would take fifteen times as long.
     """
     one, six = np.float32(1), np.float32(6)
     for at in range(len(reds)):
@@ -236,24 +253,27 @@ def _hue(reds: Array, greens: Array, blues: Array, shift: Level) -> None:
         from_blue = np.float32(4) + (red - green) / divisor
         sector = from_red if value == red else (from_green if value == green else from_blue)
         turned = sector / six + shift
-        turned = _times(turned - np.floor(turned), six)
+        turned = _multiply(turned - np.floor(turned), six)
         reds[at] = _channel(value, fall, turned, np.float32(5))
         greens[at] = _channel(value, fall, turned, np.float32(3))
         blues[at] = _channel(value, fall, turned, one)
 
 
-@_compiled
+@_compile
 def _channel(value: Level, fall: Level, turned: Level, offset: Level) -> Level:
-    """The level of a channel whose hue lies `offset` sixths of a circle from the colour's (Smith's hexcone)."""
+    """Return the level of a channel whose hue lies `offset` sixths of a circle from the color's (Smith's hexcone)."""
     distance = turned + offset
     distance = distance - (np.float32(6) if distance >= np.float32(6) else np.float32(0))
     share = min(max(min(distance, np.float32(4) - distance), np.float32(0)), np.float32(1))
-    return np.floor(min(max(value - _times(fall, share), np.float32(0)), np.float32(1)) * np.float32(255.999))
+    return np.floor(min(max(value - _multiply(fall, share), np.float32(0)), np.float32(1)) * np.float32(255.999))
 
 
-@_compiled
+@_compile
 def _blur(planes: Array, weights: Array, row: Array, blurred: Array, table: Array, out: Array) -> None:
-    """Row by row: along the columns, then along the row that comes of it. `weights`: the centre's, and one side's."""
+    """Blur row by row: first along the columns, then along the resulting row. Write the normalized values.
+
+    `weights` are the center's weight and those of one side.
+    """
     side = planes.shape[1]
     middle = row[BLUR_RADIUS : BLUR_RADIUS + side]
     for y in range(side):
@@ -266,31 +286,31 @@ def _blur(planes: Array, weights: Array, row: Array, blurred: Array, table: Arra
         _store_row(blurred[0], blurred[1], blurred[2], table, out[y])
 
 
-# One expression for many taps: a sum in memory for each would cost three times as much. Eight rows at a time: with
-# more, the compiler gives up proving that none overlaps the sum.
+# Many taps are in one expression: to add each to a sum in memory would take three times as long. It takes eight rows at
+# a time: with more, the compiler stops proving that none of them overlaps the sum.
 
 
-@_compiled
+@_compile
 def _blur_columns(plane: Array, y: int, w: Array, out: Array) -> None:
-    """Row `y` of a plane that is blurred along its columns."""
+    """Write row `y` of a plane, blurred along the columns."""
     side = len(plane)
     w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    a1, a2, a3 = plane[_mirrored(y - 1, side)], plane[_mirrored(y - 2, side)], plane[_mirrored(y - 3, side)]
-    b1, b2, b3 = plane[_mirrored(y + 1, side)], plane[_mirrored(y + 2, side)], plane[_mirrored(y + 3, side)]
-    centre = plane[y]
+    a1, a2, a3 = plane[_mirror(y - 1, side)], plane[_mirror(y - 2, side)], plane[_mirror(y - 3, side)]
+    b1, b2, b3 = plane[_mirror(y + 1, side)], plane[_mirror(y + 2, side)], plane[_mirror(y + 3, side)]
+    center = plane[y]
     for x in range(side):
-        out[x] = w0 * centre[x] + w1 * (a1[x] + b1[x]) + w2 * (a2[x] + b2[x]) + w3 * (a3[x] + b3[x])
-    a4, a5 = plane[_mirrored(y - 4, side)], plane[_mirrored(y - 5, side)]
-    b4, b5 = plane[_mirrored(y + 4, side)], plane[_mirrored(y + 5, side)]
-    a6, a7 = plane[_mirrored(y - 6, side)], plane[_mirrored(y - 7, side)]
-    b6, b7 = plane[_mirrored(y + 6, side)], plane[_mirrored(y + 7, side)]
+        out[x] = w0 * center[x] + w1 * (a1[x] + b1[x]) + w2 * (a2[x] + b2[x]) + w3 * (a3[x] + b3[x])
+    a4, a5 = plane[_mirror(y - 4, side)], plane[_mirror(y - 5, side)]
+    b4, b5 = plane[_mirror(y + 4, side)], plane[_mirror(y + 5, side)]
+    a6, a7 = plane[_mirror(y - 6, side)], plane[_mirror(y - 7, side)]
+    b6, b7 = plane[_mirror(y + 6, side)], plane[_mirror(y + 7, side)]
     for x in range(side):
         out[x] += w4 * (a4[x] + b4[x]) + w5 * (a5[x] + b5[x]) + w6 * (a6[x] + b6[x]) + w7 * (a7[x] + b7[x])
 
 
-@_compiled
+@_compile
 def _blur_row(row: Array, w: Array, out: Array) -> None:
-    """A row that reaches BLUR_RADIUS beyond `out` on either side."""
+    """Blur along a row that reaches BLUR_RADIUS beyond `out` on either side."""
     w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
     for x in range(len(out)):
         out[x] = (
@@ -300,8 +320,8 @@ def _blur_row(row: Array, w: Array, out: Array) -> None:
         )  # fmt: skip
 
 
-@_compiled
-def _mirrored(place: int, side: int) -> int:
-    """A place beyond the edge, mirrored at the outermost pixel."""
+@_compile
+def _mirror(place: int, side: int) -> int:
+    """Reflect a place beyond the edge at the outermost pixel."""
     place = -place if place < 0 else place
     return 2 * (side - 1) - place if place >= side else place

@@ -1,11 +1,11 @@
-"""The photometric stage on a GPU: at most three launches for all views of one resolution.
+"""Augment on a GPU, with at most three kernel launches for all views of one resolution.
 
-First the grey sums of the pictures whose contrast changes, then everything but blur, then blur for those that want it.
-A launch looks up in a table what each picture needs; what has nothing to do returns at once. Nothing waits for the GPU,
-sums have a fixed order, and no picture's result depends on another's. The operations, their order and their rounding
-are those of `photometric.apply_colours`. On an H200 it takes 6.5 µs an image of 2×224 + 6×96 pixels.
+The first kernel sums the gray levels of the images whose contrast changes. The second does everything but blur. The
+third blurs. A table tells each program what its image needs, and a program without work returns at once. Nothing waits
+for the GPU, sums have a fixed order, and no image's result depends on another image. The operations, their order and
+their rounding are those of `photometric.augment_levels`. An H200 takes 6.5 µs for an image of 2×224 + 6×96 pixels.
 """
-# In kernels Triton evaluates annotations, and takes constexpr alone:
+# Triton evaluates the annotations of kernels, and accepts only constexpr there:
 # mypy: allow-incomplete-defs
 
 import numpy as np
@@ -17,155 +17,160 @@ from torch import Tensor
 
 from pipelines import photometric as ph
 
-BLOCK = tl.constexpr(1024)  # pixels a program of the kernels without a neighbourhood
-TILE = tl.constexpr(64)  # the side of what a program of the blur reads, in pixels
+BLOCK = tl.constexpr(1024)  # pixels of a program, in the kernels that look at each pixel alone
+TILE = tl.constexpr(64)  # side of the square that a program of the blur reads, in pixels
 RADIUS = tl.constexpr(ph.BLUR_RADIUS)
-STEP = tl.constexpr(TILE.value - 2 * ph.BLUR_RADIUS)  # the side of what it writes
+STEP = tl.constexpr(TILE.value - 2 * ph.BLUR_RADIUS)  # side of the square that it writes
 
 CONTRAST, SATURATION, HUE, NONE = (tl.constexpr(number) for number in (ph.CONTRAST, ph.SATURATION, ph.HUE, ph.NONE))
-# The table's columns. The first three are one number a turn, SCALE and SHIFT one a channel.
-OPERATION, FACTOR, REST, TURNS, FLIP, GREY, BLUR, SOLARIZE, SCALE, SHIFT, WEIGHT = (
+# The table's columns. The first three have one number for each jitter operation, SCALE and SHIFT one for each channel.
+OPERATION, FACTOR, REST, TURNS, FLIP, GRAYSCALE, BLUR, SOLARIZE, SCALE, SHIFT, WEIGHT = (
     tl.constexpr(column) for column in (0, 4, 8, 12, 13, 14, 15, 16, 17, 20, 23)
 )
 COLUMNS = tl.constexpr(23 + ph.BLUR_RADIUS + 1)
 
-AS_WRITTEN = {"enable_fp_fusion": False}  # multiplications and additions are fused where the code says so, only
+AS_WRITTEN = {"enable_fp_fusion": False}  # fuse a multiplication and an addition only where the code says so
 
 
-def augment(pictures: Tensor, colours: ph.Colours, out: Tensor) -> None:
-    """All views of one resolution: uint8 [B, V, S, S, 3] with `colours` [V, B] into `out` [V·B, 3, S, S].
+def augment(images: Tensor, parameters: ph.AugmentParameters, out: Tensor) -> None:
+    """Augment and normalize all views of one resolution.
 
-    View v of picture b goes to row v·B + b. `pictures` are contiguous and left as they are; `out` is channels-last, of
-    any floating type, on the same device. Raises ValueError for another layout.
+    `images` is uint8 [B, V, S, S, 3], contiguous, and stays as it is. `parameters` has arrays [V, B]. View v of image b
+    goes into row v·B + b of `out` [V·B, 3, S, S], which is channels-last, of any float type, on the same device. Raises
+    ValueError for another layout.
     """
-    batch, views, side = pictures.shape[:3]
-    if not pictures.is_contiguous() or not out.permute(0, 2, 3, 1).is_contiguous():
-        raise ValueError("pictures must be contiguous [B, V, S, S, 3], and out channels-last [V·B, 3, S, S]")
-    host = table(colours)
-    packed = torch.from_numpy(host)
+    batch, views, side = images.shape[:3]
+    if not images.is_contiguous() or not out.permute(0, 2, 3, 1).is_contiguous():
+        raise ValueError("images must be contiguous [B, V, S, S, 3], and out channels-last [V·B, 3, S, S]")
+    host = build_table(parameters)
+    table = torch.from_numpy(host)
     if out.is_cuda:
-        # A fresh buffer of torch's caching allocator, which is not given out again before the copy is done.
-        packed = packed.pin_memory()
-    packed = packed.to(out.device, non_blocking=True)
+        # This takes a fresh buffer from torch's caching allocator, which keeps it until the copy is done.
+        table = table.pin_memory()
+    table = table.to(out.device, non_blocking=True)
     blocks, tiles = triton.cdiv(side**2, BLOCK.value), triton.cdiv(side, STEP.value)
     sums = torch.empty(len(host), blocks, dtype=torch.int32, device=out.device)
     sharp = torch.empty(len(host), side, side, dtype=torch.int32, device=out.device)
     with torch.cuda.device_of(out):
         if (host[:, TURNS.value] >= 0).any():
-            _grey_sums[(len(host), blocks)](pictures, packed, sums, batch, views, side, **AS_WRITTEN)
-        slots = 1 << (blocks - 1).bit_length()  # blocks, as a power of two
-        _pointwise[(len(host), blocks)](pictures, packed, sums, sharp, out, batch, views, side, slots, **AS_WRITTEN)
+            _sum_gray_levels[(len(host), blocks)](images, table, sums, batch, views, side, **AS_WRITTEN)
+        slots = 1 << (blocks - 1).bit_length()  # the number of blocks, rounded up to a power of two
+        _augment_pixels[(len(host), blocks)](images, table, sums, sharp, out, batch, views, side, slots, **AS_WRITTEN)
         if host[:, BLUR.value].any():
-            _blur[(len(host), tiles**2)](packed, sharp, out, side, **AS_WRITTEN)
+            _blur[(len(host), tiles**2)](table, sharp, out, side, **AS_WRITTEN)
 
 
-def table(colours: ph.Colours) -> npt.NDArray[np.float32]:
-    """What the kernels need to know of each picture and view, [V·B, COLUMNS], view-major.
+def build_table(parameters: ph.AugmentParameters) -> npt.NDArray[np.float32]:
+    """Return what the kernels must know of each view and image, [V·B, COLUMNS]: view 0 of all images, then view 1.
 
-    TURNS is the number of turns before contrast's, or -1 without it. SOLARIZE is the level from which on levels turn,
-    256 for none.
+    TURNS is the number of operations before contrast, or -1 without contrast. Levels from SOLARIZE on are inverted;
+    it is 256 where none are.
     """
-    rows = np.empty((*colours.flip.shape, COLUMNS.value), np.float32)
-    operations = ph.active_operations(colours)
-    factor = np.take_along_axis(colours.factor, operations, -1)  # of NONE, whichever
+    rows = np.empty((*parameters.flip.shape, COLUMNS.value), np.float32)
+    operations = ph.active_operations(parameters)
+    factor = np.take_along_axis(parameters.factor, operations, -1)  # where the operation is NONE, any factor
     contrast = operations == ph.CONTRAST
     rows[..., OPERATION.value : FACTOR.value] = operations
     rows[..., FACTOR.value : REST.value] = factor
     rows[..., REST.value : TURNS.value] = 1 - factor
     rows[..., TURNS.value] = np.where(contrast.any(-1), contrast.argmax(-1), -1)
-    rows[..., FLIP.value] = colours.flip
-    rows[..., GREY.value] = colours.grey
-    rows[..., BLUR.value] = colours.sigma > 0
-    rows[..., SOLARIZE.value] = np.where(colours.solarize, ph.SOLARIZE_THRESHOLD, 256)
+    rows[..., FLIP.value] = parameters.flip
+    rows[..., GRAYSCALE.value] = parameters.grayscale
+    rows[..., BLUR.value] = parameters.blur_sigma > 0
+    rows[..., SOLARIZE.value] = np.where(parameters.solarize, ph.SOLARIZE_THRESHOLD, 256)
     rows[..., SCALE.value : SHIFT.value] = [1 / (255 * std) for std in ph.STD]
     rows[..., SHIFT.value : WEIGHT.value] = [-mean / std for mean, std in zip(ph.MEAN, ph.STD, strict=True)]
-    rows[..., WEIGHT.value :] = ph.blur_weights(colours.sigma)[..., ph.BLUR_RADIUS :]  # they are symmetric
+    kernels = ph.gaussian_kernels(parameters.blur_sigma)
+    rows[..., WEIGHT.value :] = kernels[..., ph.BLUR_RADIUS :]  # they are symmetric, so one side is enough
     return rows.reshape(-1, COLUMNS.value)
 
 
-@triton.jit(do_not_specialize=["batch", "views"])  # or a last, smaller batch would wait for a compiler
-def _grey_sums(pictures, packed, sums, batch, views, SIDE: tl.constexpr):
-    """Into `sums` [V·B, blocks]: each block's sum of grey levels when contrast's turn comes. Integers, thus exact."""
+@triton.jit(do_not_specialize=["batch", "views"])  # otherwise a smaller last batch would be compiled for
+def _sum_gray_levels(images, table, sums, batch, views, SIDE: tl.constexpr):
+    """Write each block's sum of gray levels before contrast into `sums` [V·B, blocks]. Integers make it exact."""
     row, block = tl.program_id(0), tl.program_id(1)
-    mine = packed + row * COLUMNS
+    mine = table + row * COLUMNS
     turns = tl.load(mine + TURNS)
     if turns >= 0:
         pixel = block * BLOCK + tl.arange(0, BLOCK)
-        red, green, blue = _pixels(pictures, mine, row, pixel, batch, views, SIDE)
+        red, green, blue = _load_pixels(images, mine, row, pixel, batch, views, SIDE)
         for turn in range(3):
             if turn < turns:
                 red, green, blue = _jitter(mine, turn, 0.0, red, green, blue)
-        levels = tl.where(pixel < SIDE * SIDE, _grey_level(red, green, blue), 0.0).to(tl.int32)
-        tl.store(sums + row * tl.num_programs(1) + block, _total(levels))
+        levels = tl.where(pixel < SIDE * SIDE, _gray_level(red, green, blue), 0.0).to(tl.int32)
+        tl.store(sums + row * tl.num_programs(1) + block, _sum(levels))
 
 
 @triton.jit(do_not_specialize=["batch", "views"])
-def _pointwise(pictures, packed, sums, sharp, out, batch, views, SIDE: tl.constexpr, SLOTS: tl.constexpr):
-    """All but blur: finished pictures into `out`, those to be blurred as 0x00BBGGRR into `sharp` [V·B, S, S]."""
+def _augment_pixels(images, table, sums, sharp, out, batch, views, SIDE: tl.constexpr, SLOTS: tl.constexpr):
+    """Do everything but blur. Images to be blurred go as 0x00BBGGRR into `sharp` [V·B, S, S], all others into `out`."""
     row, block = tl.program_id(0), tl.program_id(1)
-    mine = packed + row * COLUMNS
+    mine = table + row * COLUMNS
     mean = 0.0
     if tl.load(mine + TURNS) >= 0:
         blocks, place = tl.num_programs(1), tl.arange(0, SLOTS)
         parts = tl.load(sums + row * blocks + place, mask=place < blocks, other=0)
-        mean = tl.div_rn(_total(parts).to(tl.float32), SIDE * SIDE * 1.0)
+        mean = tl.div_rn(_sum(parts).to(tl.float32), SIDE * SIDE * 1.0)
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < SIDE * SIDE
-    red, green, blue = _pixels(pictures, mine, row, pixel, batch, views, SIDE)
+    red, green, blue = _load_pixels(images, mine, row, pixel, batch, views, SIDE)
     for turn in range(4):
         red, green, blue = _jitter(mine, turn, mean, red, green, blue)
-    if tl.load(mine + GREY) > 0:
-        red = _grey_level(red, green, blue)
+    if tl.load(mine + GRAYSCALE) > 0:
+        red = _gray_level(red, green, blue)
         green, blue = red, red
     if tl.load(mine + BLUR) > 0:
         levels = red.to(tl.int32) | green.to(tl.int32) << 8 | blue.to(tl.int32) << 16
         tl.store(sharp + row.to(tl.int64) * (SIDE * SIDE) + pixel, levels, mask=inside)
     else:
         target = out + row.to(tl.int64) * (SIDE * SIDE * 3) + pixel * 3
-        tl.store(target, _finished(mine, red, 0).to(out.dtype.element_ty), mask=inside)
-        tl.store(target + 1, _finished(mine, green, 1).to(out.dtype.element_ty), mask=inside)
-        tl.store(target + 2, _finished(mine, blue, 2).to(out.dtype.element_ty), mask=inside)
+        tl.store(target, _normalize(mine, red, 0).to(out.dtype.element_ty), mask=inside)
+        tl.store(target + 1, _normalize(mine, green, 1).to(out.dtype.element_ty), mask=inside)
+        tl.store(target + 2, _normalize(mine, blue, 2).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _blur(packed, sharp, out, SIDE: tl.constexpr):
-    """Blur `sharp` into `out`, a tile a program: the tile between two band matrices that hold the kernel."""
+def _blur(table, sharp, out, SIDE: tl.constexpr):
+    """Blur `sharp` into `out`, one tile in each program.
+
+    The tile is multiplied from both sides by band matrices that hold the Gaussian kernel.
+    """
     row, tile = tl.program_id(0), tl.program_id(1)
-    mine = packed + row * COLUMNS
+    mine = table + row * COLUMNS
     if tl.load(mine + BLUR) > 0:
         across: tl.constexpr = (SIDE + STEP - 1) // STEP
         place = tl.arange(0, TILE)
         y, x = tile // across * STEP + place, tile % across * STEP + place
-        source = _reflected(y - RADIUS, SIDE)[:, None] * SIDE + _reflected(x - RADIUS, SIDE)[None, :]
+        source = _reflect(y - RADIUS, SIDE)[:, None] * SIDE + _reflect(x - RADIUS, SIDE)[None, :]
         levels = tl.load(sharp + row.to(tl.int64) * (SIDE * SIDE) + source)
         apart = tl.abs(place[None, :] - place[:, None] - RADIUS)
-        high, low = _halves(tl.load(mine + WEIGHT + apart, mask=apart <= RADIUS, other=0.0))  # [written, read]
+        high, low = _split(tl.load(mine + WEIGHT + apart, mask=apart <= RADIUS, other=0.0))  # [written, read]
         inside = (place < STEP) & (y < SIDE)
         inside = inside[:, None] & ((place < STEP) & (x < SIDE))[None, :]
         target = out + row.to(tl.int64) * (SIDE * SIDE * 3) + (y[:, None] * SIDE + x[None, :]) * 3
         for channel in range(3):
             plane = (levels >> (8 * channel) & 255).to(tl.float16)
-            more, less = _halves(tl.dot(high, plane) + tl.dot(low, plane) / 2048)
+            more, less = _split(tl.dot(high, plane) + tl.dot(low, plane) / 2048)
             rest = tl.dot(more, tl.trans(low)) + tl.dot(less, tl.trans(high))
             plane = tl.dot(more, tl.trans(high)) + rest / 2048
-            plane = (plane + 12582912.0) - 12582912.0  # 1.5 · 2^23 leaves no fraction: the nearest, ties to even
-            tl.store(target + channel, _finished(mine, plane, channel).to(out.dtype.element_ty), mask=inside)
+            plane = (plane + 12582912.0) - 12582912.0  # 1.5 · 2^23: rounds to the nearest, ties to even
+            tl.store(target + channel, _normalize(mine, plane, channel).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _halves(values):
-    """Two float16 for a float32: the sum of the first and 1/2048 of the second has 22 of its 24 bits."""
+def _split(values):
+    """Split a float32 into two float16. The first plus 1/2048 of the second has 22 of its 24 bits."""
     high = values.to(tl.float16)
     return high, ((values - high.to(tl.float32)) * 2048).to(tl.float16)
 
 
 @triton.jit
-def _pixels(pictures, mine, row, pixel, batch, views, SIDE: tl.constexpr):
-    """Red, green and blue of a view's pixels, by their numbers in the flipped picture: whole float32 levels."""
+def _load_pixels(images, mine, row, pixel, batch, views, SIDE: tl.constexpr):
+    """Return red, green and blue of a view's pixels as whole float32 levels. `pixel` numbers them after the flip."""
     flipped = tl.load(mine + FLIP) > 0
     source = tl.where(flipped, pixel + SIDE - 1 - 2 * (pixel % SIDE), pixel)
     view = (row % batch * views + row // batch).to(tl.int64)
-    first = pictures + view * (SIDE * SIDE * 3) + source * 3
+    first = images + view * (SIDE * SIDE * 3) + source * 3
     inside = pixel < SIDE * SIDE
     red = tl.load(first, mask=inside, other=0).to(tl.float32)
     green = tl.load(first + 1, mask=inside, other=0).to(tl.float32)
@@ -175,13 +180,13 @@ def _pixels(pictures, mine, row, pixel, batch, views, SIDE: tl.constexpr):
 
 @triton.jit
 def _jitter(mine, turn, mean, red, green, blue):
-    """The operation whose turn it is; `mean` is the picture's mean grey level, for contrast."""
+    """Apply jitter operation number `turn`. `mean` is the image's mean gray level, for contrast."""
     operation = tl.load(mine + OPERATION + turn)
     factor, rest = tl.load(mine + FACTOR + turn), tl.load(mine + REST + turn)
     if operation == HUE:
-        red, green, blue = _turned(factor, red, green, blue)
+        red, green, blue = _adjust_hue(factor, red, green, blue)
     elif operation != NONE:
-        other = tl.where(operation == SATURATION, _grey_level(red, green, blue), 0.0)
+        other = tl.where(operation == SATURATION, _gray_level(red, green, blue), 0.0)
         other = tl.where(operation == CONTRAST, mean, other)  # brightness blends with black
         red = _blend(red, other, factor, rest)
         green = _blend(green, other, factor, rest)
@@ -190,20 +195,23 @@ def _jitter(mine, turn, mean, red, green, blue):
 
 
 @triton.jit
-def _grey_level(red, green, blue):
-    """Luma by ITU-R BT.601, rounded down."""
+def _gray_level(red, green, blue):
+    """Return the luma by ITU-R BT.601, rounded down."""
     return tl.floor(tl.fma(blue, 0.114, tl.fma(green, 0.587, red * 0.2989)))
 
 
 @triton.jit
 def _blend(level, other, factor, rest):
-    """Fused as torch does it: where the exact result is a whole number, another rounding is another level."""
+    """Return level · factor + other · rest, clamped and cut to a whole level.
+
+    It is fused as torch does it: where the exact result is a whole number, another rounding gives another level.
+    """
     return tl.floor(tl.minimum(tl.maximum(tl.fma(other, rest, level * factor), 0.0), 255.0))
 
 
 @triton.jit
-def _turned(shift, red, green, blue):
-    """Hue by Smith's hexcone, as `photometric.hue`, but on levels instead of shares of 255."""
+def _adjust_hue(shift, red, green, blue):
+    """Turn the hue by Smith's hexcone, as `photometric.adjust_hue` does, but on levels instead of shares of 255."""
     value = tl.maximum(tl.maximum(red, green), blue)
     span = value - tl.minimum(tl.minimum(red, green), blue)
     first, second = value == red, value == green
@@ -211,30 +219,32 @@ def _turned(shift, red, green, blue):
     sector = tl.where(first, 0.0, tl.where(second, 2.0, 4.0)) + rise / tl.where(span == 0, 1.0, span)
     share = sector / 6 + shift
     hue = (share - tl.floor(share)) * 6
-    return _fallen(hue + 5, value, span), _fallen(hue + 3, value, span), _fallen(hue + 1, value, span)
+    return _channel(hue + 5, value, span), _channel(hue + 3, value, span), _channel(hue + 1, value, span)
 
 
 @triton.jit
-def _fallen(distance, value, span):
+def _channel(distance, value, span):
+    """Return the level of a channel that lies `distance` sixths of a circle from the hue."""
     distance = tl.where(distance >= 6, distance - 6, distance)
     fall = tl.minimum(tl.maximum(tl.minimum(distance, 4 - distance), 0.0), 1.0)
     return tl.floor(tl.fma(-span, fall, value) * (255.999 / 255))
 
 
 @triton.jit
-def _finished(mine, level, channel):
-    """Solarised if the picture is, and normalised."""
+def _normalize(mine, level, channel):
+    """Solarize the level where the table says so, and normalize it."""
     level = tl.where(level >= tl.load(mine + SOLARIZE), 255 - level, level)
     return tl.fma(level, tl.load(mine + SCALE + channel), tl.load(mine + SHIFT + channel))
 
 
 @triton.jit
-def _reflected(place, SIDE: tl.constexpr):
-    """Reflected at the edges. Farther than RADIUS outside, where no result depends on it, just somewhere inside."""
+def _reflect(place, SIDE: tl.constexpr):
+    """Reflect a place at the edges. Farther than RADIUS outside, where no result depends on it, any place will do."""
     return tl.maximum(SIDE - 1 - tl.abs(SIDE - 1 - tl.abs(place)), 0)
 
 
 @triton.jit
-def _total(values):
-    # What tl.sum is; interpreted, tl.sum itself fails where triton was imported (by torchvision, say) to be compiled.
+def _sum(values):
+    # The same as tl.sum. In the interpreter tl.sum fails if triton was imported before, by torchvision for instance, to
+    # compile kernels.
     return tl.reduce(values, 0, tl.standard._sum_combine)

@@ -9,21 +9,21 @@ from typing import Generic, TypeVar
 
 Item = TypeVar("Item")
 
-_PARTING = 5.0  # seconds that a thread has to end; after that it is left behind, as a daemon
-_POLL = 0.1  # seconds between looks at whether the other side is still there
+_JOIN_SECONDS = 5.0  # `close` waits for the thread as long as this, then leaves it behind as a daemon
+_POLL_SECONDS = 0.1  # between checks whether the other side is still there
 
 
-class _End(Exception):
+class _EndOfItems(Exception):
     """The iterator is exhausted."""
 
 
 class Prefetcher(Generic[Item], Iterator[Item]):
-    """Iterates over `items`, taken by a thread into a queue of `depth`.
+    """Iterate over `items`, which a thread puts into a queue of length `depth`.
 
-    What the thread raises is raised here, in its place. A wait of more than `limit` seconds is a TimeoutError that
-    names what was waited for. `close()` (or the end of a `with`) stops the thread, which drops what it holds.
-    `taken` counts the items, `queued` sums up how many lay ready whenever one was asked for. The limit counts from
-    `progress()` (a reading of time.monotonic) where that is later than the question.
+    An exception in the thread is raised here, in place of the item. A wait of more than `timeout` seconds raises a
+    TimeoutError that names what was waited for. The wait counts from the last `progress()`, a time of time.monotonic,
+    if that is later than its start. `close()`, or the end of a `with` block, stops the thread and drops the items that
+    are left. `taken` counts the items. `queued` adds up the length of the queue at each request for an item.
     """
 
     def __init__(
@@ -31,22 +31,22 @@ class Prefetcher(Generic[Item], Iterator[Item]):
         items: Iterator[Item],
         depth: int,
         name: str,
-        limit: float = 600.0,
+        timeout: float = 600.0,
         progress: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.taken, self.queued = 0, 0
-        self._name, self._limit, self._progress = name, limit, progress
+        self._name, self._timeout, self._progress = name, timeout, progress
         self._queue: queue.Queue[Item | Exception] = queue.Queue(depth)
-        self._stop, self._stuck = threading.Event(), False
-        self._thread = threading.Thread(target=self._run, args=(items,), name=name, daemon=True)
+        self._stop, self._timed_out = threading.Event(), False
+        self._thread = threading.Thread(target=self._fill_queue, args=(items,), name=name, daemon=True)
         self._thread.start()
 
-    def _run(self, items: Iterator[Item]) -> None:
+    def _fill_queue(self, items: Iterator[Item]) -> None:
         try:
             for item in items:
                 if not self._put(item):
                     break
-            self._put(_End())
+            self._put(_EndOfItems())
         except Exception as error:
             self._put(error)
         finally:
@@ -54,9 +54,10 @@ class Prefetcher(Generic[Item], Iterator[Item]):
                 items.close()
 
     def _put(self, item: Item | Exception) -> bool:
+        """Put an item into the queue. Return False if the prefetcher was stopped first."""
         while not self._stop.is_set():
             with contextlib.suppress(queue.Full):
-                self._queue.put(item, timeout=_POLL)
+                self._queue.put(item, timeout=_POLL_SECONDS)
                 return True
         return False
 
@@ -65,33 +66,35 @@ class Prefetcher(Generic[Item], Iterator[Item]):
         item = self._get(time.monotonic())
         self.taken += 1
         if isinstance(item, Exception):
-            self._queue.put_nowait(item)  # asked again, it answers the same
-            if isinstance(item, _End):
+            self._queue.put_nowait(item)  # so that the next call raises the same
+            if isinstance(item, _EndOfItems):
                 raise StopIteration
             raise item
         return item
 
-    def _get(self, asked: float) -> Item | Exception:
+    def _get(self, start: float) -> Item | Exception:
+        """Wait for the next item. `start` is when the wait began, by time.monotonic."""
         while True:
-            alive = self._thread.is_alive()  # before the look: what it puts as its last is then found
+            alive = self._thread.is_alive()  # asked first, so that the last item of a dying thread is still found
             with contextlib.suppress(queue.Empty):
-                return self._queue.get(timeout=_POLL)
+                return self._queue.get(timeout=_POLL_SECONDS)
             if self._stop.is_set():
-                return _End()
+                return _EndOfItems()
             if not alive:
-                raise RuntimeError(f"{self._name}: the thread died without a word")
-            if time.monotonic() > max(asked, self._progress()) + self._limit:
-                self._stuck = True
-                raise TimeoutError(f"{self._name}: nothing came for {self._limit:.0f} s; is the storage stuck?")
+                raise RuntimeError(f"{self._name}: the thread ended without a result or an error")
+            if time.monotonic() > max(start, self._progress()) + self._timeout:
+                self._timed_out = True
+                raise TimeoutError(f"{self._name}: nothing came for {self._timeout:.0f} s; is the storage stuck?")
 
     def stop(self) -> None:
-        """Let the thread end after what it is at, and whoever waits for it; does not wait."""
+        """Ask the thread to end after its current item. Whoever waits for an item stops waiting. Does not wait."""
         self._stop.set()
 
     def close(self) -> None:
+        """Stop the thread, and wait for its end for a few seconds."""
         self.stop()
-        if not self._stuck:
-            self._thread.join(timeout=_PARTING)
+        if not self._timed_out:
+            self._thread.join(timeout=_JOIN_SECONDS)
 
     def __enter__(self) -> "Prefetcher[Item]":
         return self

@@ -1,1 +1,1 @@
-"""Images into WebDataset tar shards, and samples out of them by number."""
+"""Pack images into WebDataset tar shards, and read samples out of them by number."""

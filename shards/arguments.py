@@ -1,217 +1,312 @@
-"""The options of make-shards: what their texts mean, and what is refused as a wrong call."""
+"""The commands and flags of make-shards."""
 
 import argparse
 import os
-import re
-from pathlib import Path
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import TypeAlias
 
-from shards.images.validate import Judge
-from shards.inspect.info import printable
-from shards.packing.pack import Options
+from shards.argument_types import (
+    Parser,
+    parse_bytes,
+    parse_count,
+    parse_fraction,
+    parse_path,
+    parse_png_path,
+    parse_prefix,
+    parse_quality,
+    parse_sample_count,
+    parse_seconds,
+    parse_seed,
+    parse_side,
+    parse_workers,
+)
+from shards.images.rules import ImageRules
+from shards.packing.plan import Options
 from shards.sources.scan import FORMATS
+from shards.text import list_first
+from shards.version import version
 
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-class Parser(argparse.ArgumentParser):
-    """One that says in one line what is wrong with a call."""
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with status 2."""
-        self.exit(2, f"{self.prog}: {printable(message)}; see {self.prog} --help\n")
-
-
-def path(text: str) -> str:
-    """A path or URL; ``file://`` names a path as well. Its ~ is expanded where the shell has not."""
-    text = re.sub("^(file|local)://", "", text, flags=re.IGNORECASE)
-    if not text:
-        raise argparse.ArgumentTypeError("an empty path; perhaps a shell variable is not set")
-    return os.path.expanduser(text)
+_SOURCES = """\
+SRC is one of:
+  a folder whose subfolders are the classes, or a folder of images without
+  labels;
+  a tar (plain, compressed, or with one tar per class inside, as ImageNet's
+  train archive) or zip archive of such folders;
+  WebDataset tars;
+  parquet files of Hugging Face;
+  a folder of archives, or a pattern in quotes ('train-*.parquet').
+make-shards looks at SRC to find out. SRC and OUT may be URLs that fsspec knows
+(s3://BUCKET/FOLDER, gs://BUCKET/FOLDER).
+"""
 
 
-def add_folder_argument(command: argparse.ArgumentParser, holding: str) -> None:
-    """What to look at."""
-    command.add_argument("folder", metavar="DIR", type=path, help=f"folder or URL that holds {holding}")
+Commands: TypeAlias = "argparse._SubParsersAction[Parser]"
 
 
-def add_source_options(packing: argparse.ArgumentParser) -> None:
-    """What of the source."""
-    group = packing.add_argument_group("what to pack")
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the arguments of a call. `command` is its name, or None where there is none.
+
+    A wrong call prints one line and exits with status 2.
+    """
+    parser = build_parser()
+    arguments, others = parser.parse_known_args(argv)
+    parser = arguments.parser
+    if others and others[0].startswith("-"):
+        parser.error(f"unknown option {others[0]}")
+    if others:
+        parser.error(f"too many arguments ({list_first(others)}). Put a pattern in quotes, or the shell expands it")
+    if arguments.command == "pack" and arguments.name and arguments.split_val:
+        parser.error("--name does not go with --split-val, which names the two sets train and val. Leave --name out")
+    if arguments.command == "pack" and arguments.quality and not arguments.max_short_side:
+        parser.error("--quality is for images that --max-short-side re-encodes. Give --max-short-side too")
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of make-shards."""
+    parser = Parser(
+        prog="make-shards",
+        description="Pack images into tar shards in WebDataset's format, with an index, and look into such folders.",
+        epilog="'make-shards COMMAND --help' explains the arguments of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"make-shards {version()}")
+    parser.set_defaults(parser=parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    _add_pack(commands)
+    _add_index(commands)
+    _add_check(commands)
+    _add_info(commands)
+    _add_show(commands)
+    return parser
+
+
+def _add_command(commands: Commands, name: str, usage: str, help: str, description: str) -> Parser:
+    command = commands.add_parser(
+        name,
+        usage=f"%(prog)s [options] {usage}",
+        help=help,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(parser=command)
+    return command
+
+
+def _add_pack(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "pack",
+        "SRC OUT",
+        "pack images into shards",
+        "Decode every image of SRC, and pack those that can be decoded into tars in\n"
+        "OUT, shuffled. If it was stopped, the same command goes on where it was.\n"
+        "Files and folders whose names start with a dot are skipped.",
+    )
+    command.epilog = _SOURCES
+    command.add_argument("source", metavar="SRC", type=parse_path, help="folder, archive, pattern or URL of the images")
+    command.add_argument(
+        "out", metavar="OUT", type=parse_path, help="folder or URL for the shards: new or empty, and not in SRC"
+    )
+    _add_source_options(command)
+    _add_packing_options(command)
+    _add_image_options(command)
+    run = command.add_argument_group("how to run")
+    _add_workers_option(run)
+    run.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: processes on this machine; ray: the Ray cluster at RAY_ADDRESS, or one on this machine; all its "
+        "nodes must see SRC and OUT (default: local)",
+    )
+
+
+def _add_index(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "index",
+        "DIR",
+        "index tars that another program made",
+        "Decode every image in the tars of DIR, and write index.npy and manifest.json\n"
+        "beside them. The tars are not changed.",
+    )
+    _add_folder_argument(command, "the tars")
+    source = command.add_argument_group("what to index")
+    source.add_argument(
+        "--format",
+        choices=("auto", "folders", "flat", "webdataset"),
+        default="auto",
+        help="folders: the folders in the tars are the classes; flat: no labels; webdataset: samples with cls or json "
+        "labels (default: auto, look at the tars)",
+    )
+    _add_classes_option(source)
+    _add_image_options(command)
+    _add_workers_option(command.add_argument_group("how to run"))
+
+
+def _add_check(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "check",
+        "DIR",
+        "check every byte and every image of a shard folder",
+        "Check every byte and every image of a shard folder against its index and\n"
+        "manifest. The exit status is 1 if there is a problem.",
+    )
+    _add_folder_argument(command, "the shards and their manifest")
+    command.add_argument(
+        "--report", type=parse_path, metavar="FILE", help="also write the result to this file, as JSON"
+    )
+    _add_workers_option(command)
+
+
+def _add_info(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "info",
+        "DIR",
+        "say what is in a shard folder",
+        "Print counts, sizes, shapes and class balance of a shard folder, and which\nimages were rejected.",
+    )
+    _add_folder_argument(command, "the shards and their manifest")
+
+
+def _add_show(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "show",
+        "--grid FILE.png DIR",
+        "draw some samples of a shard folder",
+        "Write a contact sheet of random samples with their classes.",
+    )
+    command.add_argument(
+        "folder", metavar="DIR", type=parse_path, help="folder on this machine that holds the shards and their manifest"
+    )
+    command.add_argument(
+        "--grid", type=parse_png_path, required=True, metavar="FILE.png", help="PNG file to write (required)"
+    )
+    command.add_argument(
+        "--count", type=parse_sample_count, default=48, metavar="N", help="number of samples (default: %(default)s)"
+    )
+    command.add_argument(
+        "--seed", type=parse_seed, default=0, help="seed that draws the samples (default: %(default)s)"
+    )
+
+
+def _add_folder_argument(command: argparse.ArgumentParser, content: str) -> None:
+    command.add_argument("folder", metavar="DIR", type=parse_path, help=f"folder or URL that holds {content}")
+
+
+def _add_source_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("what to pack")
     group.add_argument(
         "--format",
         choices=FORMATS,
         default="auto",
-        help="folders: their names are the labels; flat: no labels (default: look at SRC)",
+        help="folders: the folders are the classes; flat: no labels; webdataset: tars of samples with cls or json "
+        "labels; parquet: Hugging Face's tables (default: auto, look at SRC)",
     )
     group.add_argument(
         "--labels",
-        type=path,
+        type=parse_path,
         metavar="FILE",
-        help="classes of the pictures: CSV of picture and class, one class a line in the order of their names, or "
-        "ILSVRC2012_devkit_t12.tar.gz for ImageNet's validation archive",
+        help="file with the classes: a CSV of image and class; or one class per line, in the order of the images' "
+        "names; or ILSVRC2012_devkit_t12.tar.gz, for ImageNet's validation archive",
     )
-    add_classes_option(group)
-    group.add_argument("--subset-classes", metavar="NAMES", help="these classes alone: a,b,c, or a file of one a line")
-    group.add_argument("--limit", type=_count, metavar="N", help="so many pictures, drawn by the seed")
+    _add_classes_option(group)
+    group.add_argument(
+        "--subset-classes",
+        metavar="NAMES",
+        help="pack these classes only: names between commas, or a file with one per line (default: all)",
+    )
+    group.add_argument(
+        "--limit", type=parse_count, metavar="N", help="pack N random images only, drawn by --seed (default: all)"
+    )
     group.add_argument(
         "--split-val",
-        type=_fraction,
+        type=parse_fraction,
         metavar="FRACTION",
-        help="draw this share of each class for OUT/val, and pack the others into OUT/train",
+        help="pack this fraction of each class (more than 0, less than 1), drawn by --seed, into OUT/val, and the rest "
+        "into OUT/train (default: no split)",
     )
 
 
-def add_packing_options(packing: argparse.ArgumentParser) -> None:
-    """How to pack it."""
-    group = packing.add_argument_group("how to pack")
+def _add_classes_option(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--classes",
+        type=parse_path,
+        metavar="MANIFEST",
+        help="number the classes as this manifest.json does: that of the train set, to pack the validation set "
+        "(default: sort them by name)",
+    )
+
+
+def _add_packing_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("how to pack")
     group.add_argument(
         "--shard-size",
-        type=_size,
+        type=parse_bytes,
         default=Options.shard_size,
         metavar="SIZE",
-        help="bytes of a tar at most, like 512MiB (default: 256MB)",
+        help="largest size of a tar, like 512MiB or 1GB (default: 256MB)",
     )
     group.add_argument(
         "--seed",
-        type=_seed,
+        type=parse_seed,
         default=Options.seed,
-        help="of the order, and of what --limit and --split-val draw (default: %(default)s)",
+        help="seed of the order, and of what --limit and --split-val draw (default: %(default)s)",
     )
-    group.add_argument("--name", type=_name, help="prefix of the tars (default: train)")
+    group.add_argument("--name", type=parse_prefix, help="prefix of the tars' names (default: train)")
     group.add_argument(
         "--max-short-side",
-        type=_side,
+        type=parse_side,
         metavar="N",
-        help="re-encode pictures whose shorter side has more pixels, as baseline 4:2:0 JPEG (default: keep all bytes)",
+        help="re-encode images whose shorter side has more than N pixels, as baseline 4:2:0 JPEG with N pixels "
+        "(default: keep the bytes of all images)",
     )
-    group.add_argument("--quality", type=_quality, metavar="Q", help=f"of those JPEGs (default: {Options.quality})")
     group.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="ray: on a Ray cluster (RAY_ADDRESS, or a local one), all of whose nodes see SRC and OUT",
+        "--quality",
+        type=parse_quality,
+        metavar="Q",
+        help=f"JPEG quality of re-encoded images, 1 to 100 (default: {Options.quality})",
     )
 
 
-def add_classes_option(group: argparse._ActionsContainer) -> None:
-    """By whose classes to number."""
-    group.add_argument(
-        "--classes",
-        type=path,
-        metavar="MANIFEST",
-        help="number the classes as this manifest.json does (of train, to pack val)",
-    )
-
-
-def add_judge_options(command: argparse.ArgumentParser) -> None:
-    """How pictures are judged."""
-    group = command.add_argument_group("what becomes a sample")
+def _add_image_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("which images to accept")
     group.add_argument(
         "--check",
         choices=("full", "header"),
-        default=Judge.check,
-        help="full: decode every pixel, leave out what does not decode; header: read sizes alone (default: full)",
+        default=ImageRules.check,
+        help="full: decode every pixel, and reject what cannot be decoded; header: only read the image's size "
+        "(default: full)",
     )
     group.add_argument(
         "--max-pixels",
-        type=_count,
-        default=Judge.max_pixels,
+        type=parse_count,
+        default=ImageRules.max_pixels,
         metavar="N",
-        help="height times width, beyond which a picture is left out (default: %(default)s)",
+        help="reject images of more pixels (height x width) than this (default: %(default)s)",
     )
     group.add_argument(
-        "--picture-seconds",
-        type=_seconds,
-        default=Judge.picture_seconds,
+        "--image-seconds",
+        type=parse_seconds,
+        default=ImageRules.image_seconds,
         metavar="S",
-        help="CPU time to decode one picture, beyond which it is left out (default: %(default)g)",
+        help="reject images that take more seconds of CPU time to decode than this (default: %(default)g)",
     )
 
 
-def add_workers_option(command: argparse.ArgumentParser) -> None:
-    """In how many processes."""
-    command.add_argument(
-        "--workers", type=_workers, default=_cores(), metavar="N", help="processes (default here: %(default)s)"
+def _add_workers_option(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--workers",
+        type=parse_workers,
+        default=_count_cores(),
+        metavar="N",
+        help="number of worker processes (default: the CPU cores, %(default)s here)",
     )
 
 
-def add_show_options(command: argparse.ArgumentParser) -> None:
-    """What to draw, and where to."""
-    command.add_argument("--grid", type=_png, required=True, metavar="FILE.png", help="the picture to write")
-    command.add_argument("--count", type=_drawn, default=48, metavar="N", help="samples (default: %(default)s)")
-    command.add_argument("--seed", type=_seed, default=0, help="draws them (default: %(default)s)")
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
+def _count_cores() -> int:
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _size(text: str) -> int:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
-    if not match or match[2].upper() not in _UNITS or float(match[1]) * _UNITS[match[2].upper()] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size; write it like 256MB, 1.5GB or 512MiB")
-    return round(float(match[1]) * _UNITS[match[2].upper()])
-
-
-def _whole(text: str, least: int, most: int, what: str) -> int:
-    if not re.fullmatch(r"\d{1,20}", text) or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"{text!r} is no {what}; give a whole number from {least} to {most}")
-    return int(text)
-
-
-def _number(text: str, what: str, more_than: float, less_than: float) -> float:
-    try:
-        number = float(text)
-    except ValueError:
-        number = float("nan")
-    if not more_than < number < less_than:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no {what}; give a number between {more_than:g} and {less_than:g}"
-        )
-    return number
-
-
-def _seed(text: str) -> int:
-    return _whole(text, 0, 2**63 - 1, "seed")
-
-
-def _workers(text: str) -> int:
-    return _whole(text, 1, 1024, "number of processes")
-
-
-def _count(text: str) -> int:
-    return _whole(text, 1, 2**40, "count")
-
-
-def _drawn(text: str) -> int:
-    return _whole(text, 1, 1000, "number of samples")
-
-
-def _png(text: str) -> Path:
-    if not text.lower().endswith(".png"):
-        raise argparse.ArgumentTypeError(f"{text!r} is no PNG file; give a name that ends in .png")
-    return Path(path(text))
-
-
-def _side(text: str) -> int:
-    return _whole(text, 16, 65_500, "number of pixels")
-
-
-def _quality(text: str) -> int:
-    return _whole(text, 1, 100, "JPEG quality")
-
-
-def _fraction(text: str) -> float:
-    return _number(text, "fraction", 0, 1)
-
-
-def _seconds(text: str) -> float:
-    return _number(text, "time in seconds", 0, 1e6)
-
-
-def _name(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no prefix; use at most 64 letters, digits, - and _")
-    return text

@@ -1,14 +1,17 @@
-"""The one exception that every command turns into one clear line and a non-zero exit status."""
+"""The exception that every command turns into one line on stderr and a non-zero exit status."""
 
 
 class UserError(Exception):
-    """Something the user can mend. The message is one line that names the file, sample or flag, and the mend."""
+    """A problem that the user can fix.
+
+    The message is one line. It names the file, sample or flag, and says what to do.
+    """
 
 
-def mend_of(error: OSError) -> str:
-    """What the user can do about a refused write."""
+def suggest_fix(error: OSError) -> str:
+    """Return what the user can do about a write that the system refused."""
     if isinstance(error, PermissionError):
-        return "choose a folder that you may write to"
+        return "Choose a folder that you may write to."
     if isinstance(error, FileExistsError | NotADirectoryError):
-        return "choose a folder, or a name that does not exist yet"
-    return "mend that (a full disk: free some space), then run the same command again"
+        return "Choose a folder, or a name that does not exist yet."
+    return "Fix that (if the disk is full, free some space), then run the same command again."

@@ -1,4 +1,4 @@
-"""What the fields of a manifest may hold, whoever wrote them: its sha256 is as easily forged as the rest."""
+"""What the fields of a manifest may hold. Its sha256 is as easily forged as the rest, so every field is checked."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 Check = Callable[[Any], bool]
 
 
-def refuse_forged(fields: dict[str, Any]) -> None:
-    """Raises ValueError for a manifest with a field that packing never writes."""
-    wrong = _wrong(fields, _CHECKS)
+def refuse_forged_fields(fields: dict[str, Any]) -> None:
+    """Raise ValueError for a manifest with a field that packing never writes."""
+    wrong = _find_wrong_fields(fields, _CHECKS)
     if not wrong and sum(shard["samples"] for shard in fields["shards"]) != fields["samples"]:
         wrong = ["samples, shards"]
     if wrong:
-        raise ValueError(f"no make-shards manifest ({wrong[0]}: missing, or not what packing writes)")
+        raise ValueError(f"not a make-shards manifest ({wrong[0]}: missing, or not what packing writes)")
 
 
 def _is_text(value: Any) -> bool:
@@ -32,10 +32,10 @@ def _are_classes(value: Any) -> bool:
 
 
 def _are_options(value: Any) -> bool:
-    """Those that `check` judges by are numbers; the others are for people."""
+    """Check the options that ``make-shards check`` uses. The others are for people."""
     if not isinstance(value, dict):
         return False
-    limits = (value.get(name, 1) for name in ("max_pixels", "picture_seconds"))
+    limits = (value.get(name, 1) for name in ("max_pixels", "image_seconds"))
     return all(type(limit) in (int, float) and 0 < limit <= 1 << 40 for limit in limits)
 
 
@@ -43,15 +43,16 @@ def _are_tables(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_file_name, value)) and all(map(_is_text, value.values()))
 
 
-def _are(checks: dict[str, Check]) -> Check:
-    """Whether a value is a list of objects of these fields."""
+def _make_list_check(checks: dict[str, Check]) -> Check:
+    """Return a check that a value is a list of objects whose fields pass `checks`."""
     return lambda value: (
-        isinstance(value, list) and not any(not isinstance(entry, dict) or _wrong(entry, checks) for entry in value)
+        isinstance(value, list)
+        and not any(not isinstance(entry, dict) or _find_wrong_fields(entry, checks) for entry in value)
     )
 
 
-def _wrong(fields: dict[str, Any], checks: dict[str, Check]) -> list[str]:
-    """The fields that are missing, unknown, or not what they should be."""
+def _find_wrong_fields(fields: dict[str, Any], checks: dict[str, Check]) -> list[str]:
+    """Return the fields that are missing, unknown, or fail their check."""
     return [
         name
         for name in {**checks, **fields}
@@ -65,10 +66,10 @@ _CHECKS: dict[str, Check] = {
     "samples": _is_count,
     "classes": _are_classes,
     "options": _are_options,
-    "shards": _are({"file": _is_file_name, "samples": _is_count, "bytes": _is_count, "sha256": _is_text}),
+    "shards": _make_list_check({"file": _is_file_name, "samples": _is_count, "bytes": _is_count, "sha256": _is_text}),
     "index_sha256": _is_text,
     "ignored": _is_count,
-    "rejected": _are({"source": _is_text, "reason": _is_text}),
+    "rejected": _make_list_check({"source": _is_text, "reason": _is_text}),
     "duplicates": _is_count,
     "foreign": lambda value: isinstance(value, bool),
     "tables": _are_tables,

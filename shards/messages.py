@@ -1,4 +1,4 @@
-"""What make-shards says: lines that are safe to print whatever names are in them."""
+"""The lines that make-shards prints. They are safe to print whatever names are in them."""
 
 import os
 import sys
@@ -6,71 +6,71 @@ from collections.abc import Iterator
 
 from shards.errors import UserError
 from shards.inspect.check import Report
-from shards.inspect.info import printable
-from shards.layout import DUPLICATES_FILE, REJECTED_FILE, UNLABELLED, Manifest
-from shards.packing.pack import Packed
-from shards.sources.listing import Listing, few
+from shards.layout import DUPLICATES_FILE, REJECTED_FILE, UNLABELED
+from shards.manifest import Manifest
+from shards.packing.pack import PackResult
+from shards.sources.listing import Listing
+from shards.text import escape_unprintable, format_count, list_first
 
-_NAMED = 5  # left-out pictures that are printed in full
+_NAMED = 5  # rejected images that are printed in full
 
 
-def say(line: str) -> None:
-    """Print a line; that nobody reads on (`| head`) stops nothing. Raises UserError where it cannot be written."""
+def print_line(line: str) -> None:
+    """Print a line. It does not matter if nobody reads it (`| head`). Raises UserError where it cannot be written."""
     try:
-        print(printable(line), flush=True)
+        print(escape_unprintable(line), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
-        raise UserError(f"cannot print: {error.strerror}; send the output elsewhere") from error
+        raise UserError(f"cannot print: {error.strerror}. Send the output elsewhere.") from error
 
 
-def listed(listing: Listing) -> str:
-    """What was found in SRC."""
-    what = f"{_many(len(listing.classes), 'class')} ({few(listing.classes)})" if listing.classes else "no labels"
-    unlabelled = int((listing.labels == UNLABELLED).sum())
-    if listing.classes and unlabelled:
-        what += f", {_many(unlabelled, 'picture')} without a label"
-    ignored = f"{_many(listing.ignored, 'other file')} ignored"
-    return f"{listing.root}: {listing.format}: {_many(len(listing), 'picture')}, {what}; {ignored}"
+def describe_listing(listing: Listing) -> str:
+    """Return what was found in SRC."""
+    images = format_count(len(listing), "image")
+    labels = "no labels"
+    if listing.classes:
+        labels = f"{format_count(len(listing.classes), 'class')} ({list_first(listing.classes)})"
+    unlabeled = int((listing.labels == UNLABELED).sum())
+    if listing.classes and unlabeled:
+        labels += f", {format_count(unlabeled, 'image')} without a label"
+    ignored = format_count(listing.ignored, "other file")
+    return f"{listing.root}: {images} (format {listing.format}), {labels}, {ignored} ignored"
 
 
-def packed(done: Packed, out: str, seconds: float) -> Iterator[str]:
-    """What `pack` did."""
-    if done.was_complete:
-        yield f"{out}: already complete"
-    yield from described(done.manifest, out)
-    if done.kept and not done.was_complete:
-        yield f"{_many(done.kept, 'shard')} finished before and kept"
-    if done.judged:
-        yield f"{seconds:.1f} s, {done.judged / seconds:.0f} img/s"
+def describe_pack(result: PackResult, out: str, seconds: float) -> Iterator[str]:
+    """Yield what `pack` did."""
+    if result.was_complete:
+        yield f"{out}: already complete, nothing to do"
+    yield from describe_shards(result.manifest, out)
+    if result.kept_shards and not result.was_complete:
+        yield f"{format_count(result.kept_shards, 'shard')} kept from an earlier run"
+    if result.images:
+        yield f"{seconds:.1f} s, {result.images / seconds:.0f} img/s"
 
 
-def described(manifest: Manifest, out: str) -> Iterator[str]:
-    """What is in a folder of shards."""
+def describe_shards(manifest: Manifest, out: str) -> Iterator[str]:
+    """Yield what is in a shard folder."""
     total = sum(shard.bytes for shard in manifest.shards)
-    classes = _many(len(manifest.classes), "class") if manifest.classes else "no labels"
-    pictures, shards = _many(manifest.samples, "picture"), _many(len(manifest.shards), "shard")
-    yield f"{out}: {pictures}, {classes}, {shards}, {_many(total, 'byte')}"
+    classes = format_count(len(manifest.classes), "class") if manifest.classes else "no labels"
+    images, shards = format_count(manifest.samples, "image"), format_count(len(manifest.shards), "shard")
+    yield f"{out}: {images}, {classes}, {shards}, {format_count(total, 'byte')}"
     if manifest.rejected:
         where = os.path.join(out, REJECTED_FILE)
-        yield f"{_many(len(manifest.rejected), 'picture')} left out, with the reason in {where}"
+        yield f"{format_count(len(manifest.rejected), 'image')} rejected, listed with the reasons in {where}"
         yield from (f"  {entry.source}: {entry.reason}" for entry in manifest.rejected[:_NAMED])
         if len(manifest.rejected) > _NAMED:
             yield "  …"
     if manifest.duplicates:
         where = os.path.join(out, DUPLICATES_FILE)
-        yield f"{_many(manifest.duplicates, 'picture')} with the bytes of another, kept, and named in {where}"
+        images = format_count(manifest.duplicates, "image")
+        yield f"{images} with the same bytes as another, kept, and listed in {where}"
 
 
-def checked(report: Report, folder: str, seconds: float) -> Iterator[str]:
-    """What `check` found."""
+def describe_report(report: Report, folder: str, seconds: float) -> Iterator[str]:
+    """Yield what `check` found."""
     yield from report.problems
-    verdict = _many(len(report.problems), "problem") if report.problems else "all is well"
-    looked = f"{_many(report.pictures, 'picture')}, {_many(report.shards, 'shard')}, {_many(report.bytes, 'byte')}"
-    yield f"{folder}: {verdict}: {looked}; {seconds:.1f} s, {report.pictures / seconds:.0f} img/s"
-
-
-def _many(count: int, noun: str) -> str:
-    """1 picture, 2 pictures, 1,000 classes."""
-    plural = "es" if noun.endswith("s") else "s"
-    return f"{count:,} {noun}{'' if count == 1 else plural}"
+    problems = format_count(len(report.problems), "problem") if report.problems else "no problems"
+    images, shards = format_count(report.images, "image"), format_count(report.shards, "shard")
+    rate = f"{seconds:.1f} s, {report.images / seconds:.0f} img/s"
+    yield f"{folder}: {problems} in {images}, {shards}, {format_count(report.bytes, 'byte')} ({rate})"

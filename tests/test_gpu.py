@@ -12,14 +12,15 @@ from PIL import Image
 
 from dino_fast import checkpoint
 from dino_fast.model.head import HeadRecipe
-from dino_fast.run.schedules import Hyper
+from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.step.compiled import compile_backbones
-from dino_fast.step.loss import LossRecipe, objective
+from dino_fast.step.hyper import Hyper
+from dino_fast.step.loss import LossRecipe, compute_objective
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.recorded import WARM_UP, GraphedStep
-from dino_fast.step.train_step import Precision, TrainStep, build_student_teacher
+from dino_fast.step.precision import DTYPES, Precision
+from dino_fast.step.recorded import WARM_UP, RecordedStep
+from dino_fast.step.train_step import TrainStep
 from dino_fast.step.update import LossScale
-from dino_fast.train import DTYPES
 from dino_fast.train import main as train
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe, Loader
@@ -39,12 +40,12 @@ def fresh_compiler():
 
 CROPS = CropRecipe(global_size=96, local_size=48, locals=2)
 DEBUG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
-LEVEL = 1 / (255 * max(STD))  # one 8-bit level in a normalised batch, at the least
+LEVEL = 1 / (255 * max(STD))  # one 8-bit level in a normalized batch, at the least
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """64 JPEG pictures of 100 to 300 pixels a side."""
+    """64 JPEG images of 100 to 300 pixels a side."""
     folder = tmp_path_factory.mktemp("gpu")
     (folder / "images").mkdir()
     for number in range(64):
@@ -52,16 +53,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
         height, width = rng.integers(100, 300, 2)
         y, x = np.mgrid[0:height, 0:width][..., None] / 50
         waves = 128 + 90 * np.sin(rng.uniform(0.5, 4, 3) * x + rng.uniform(0.5, 4, 3) * y)
-        picture = Image.fromarray((waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8))
-        picture.save(folder / "images" / f"{number:03d}.jpg", quality=92)
+        image = Image.fromarray((waves + rng.normal(0, 6, waves.shape)).clip(0, 255).astype(np.uint8))
+        image.save(folder / "images" / f"{number:03d}.jpg", quality=92)
     assert make_shards(["pack", str(folder / "images"), str(folder / "shards"), "--workers", "1"]) == 0
     return folder / "shards"
 
 
-def batches(shards: Path, device: str, count: int = 3, colours: PhotometricRecipe | None = None, **data) -> list:
+def batches(shards: Path, device: str, count: int = 3, augment: PhotometricRecipe | None = None, **data) -> list:
     with ShardIndex(shards) as index:
         loader = Loader(
-            index, DataRecipe(**data), CROPS, colours or PhotometricRecipe(), batch=16, seed=0,
+            index, DataRecipe(**data), CROPS, augment or PhotometricRecipe(), batch=16, seed=0,
             device=torch.device(device), dtype=torch.float32,
         )  # fmt: skip
         return list(loader.batches(0, count))
@@ -80,9 +81,11 @@ def test_cpu_crops_augmented_on_the_gpu_are_the_cpus(shards: Path, decode: str):
 
 
 def test_mixed_decoding_is_near_the_cpus(shards: Path):
-    plain = PhotometricRecipe(jitter=0, grey=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0)
-    on_gpu = batches(shards, "cuda", colours=plain, decode_device="gpu")
-    for ours, theirs in zip(on_gpu, batches(shards, "cpu", colours=plain), strict=True):
+    plain = PhotometricRecipe(
+        jitter=0, grayscale=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0
+    )
+    on_gpu = batches(shards, "cuda", augment=plain, decode_device="gpu")
+    for ours, theirs in zip(on_gpu, batches(shards, "cpu", augment=plain), strict=True):
         apart = (ours.globals.cpu() - theirs.globals).abs().mean() / LEVEL
         print(f"mixed against cpu: {float(apart):.3f} levels")
         assert apart < 1.0
@@ -121,7 +124,7 @@ def test_batches_come_without_the_host_waiting_for_the_gpu(shards: Path, decode:
             torch.cuda.set_sync_debug_mode("default")
         torch.cuda.synchronize()
         assert len(rest) == 8
-        assert 0 < loader.figures().stall < 60
+        assert 0 < loader.read_figures().stall < 60
 
 
 def losses(output: Path) -> list[float]:
@@ -157,25 +160,25 @@ def test_a_run_on_the_gpu_resumes(shards: Path, tmp_path: Path):
     assert checkpoint.load_newest(tmp_path / "parts")[0]["step"] == 12
 
 
-def colour_case(side: int, views: int, batch: int = 64) -> tuple:
-    """Pictures uint8 [batch, views, side, side, 3] and their published colours, on the CPU."""
-    from pipelines.photometric import draw_colours
+def augment_case(side: int, views: int, batch: int = 64) -> tuple:
+    """Return images uint8 [batch, views, side, side, 3] and their published parameters, on the CPU."""
+    from pipelines.photometric import draw_augment_parameters
 
     rng = np.random.default_rng(side)
     y, x = np.mgrid[0:side, 0:side][..., None] / 20
     waves = 128 + 100 * np.sin(rng.uniform(0.2, 3, (batch, views, 1, 1, 3)) * x + rng.uniform(0.2, 3, 3) * y)
-    pictures = (waves + rng.normal(0, 8, waves.shape)).clip(0, 255).astype(np.uint8)
-    return torch.from_numpy(pictures), draw_colours(PhotometricRecipe(), 0, 0, np.arange(batch), views)
+    images = (waves + rng.normal(0, 8, waves.shape)).clip(0, 255).astype(np.uint8)
+    return torch.from_numpy(images), draw_augment_parameters(PhotometricRecipe(), 0, 0, np.arange(batch), views)
 
 
-def by_triton(pictures: torch.Tensor, colours, dtype: torch.dtype) -> torch.Tensor:
+def by_triton(images: torch.Tensor, parameters, dtype: torch.dtype) -> torch.Tensor:
     """The kernel's output on the GPU, which begins as NaN: what is not written shows."""
     from pipelines import photometric_triton
 
-    batch, views, side = pictures.shape[:3]
+    batch, views, side = images.shape[:3]
     out = torch.full((batch * views, 3, side, side), torch.nan, dtype=dtype, device="cuda")
     out = out.contiguous(memory_format=torch.channels_last)
-    photometric_triton.augment(pictures.cuda(), colours, out)
+    photometric_triton.augment(images.cuda(), parameters, out)
     return out
 
 
@@ -184,41 +187,41 @@ def by_triton(pictures: torch.Tensor, colours, dtype: torch.dtype) -> torch.Tens
 def test_the_triton_kernel_is_the_reference(side: int, views: int, dtype: torch.dtype, rounding: float):
     from pipelines import photometric
 
-    pictures, colours = colour_case(side, views)
+    images, parameters = augment_case(side, views)
     theirs = torch.empty(64 * views, 3, side, side)
-    photometric.augment(pictures, colours, theirs)
-    ours = by_triton(pictures, colours, dtype)
-    assert torch.equal(ours, by_triton(pictures, colours, dtype))
+    photometric.augment(images, parameters, theirs)
+    ours = by_triton(images, parameters, dtype)
+    assert torch.equal(ours, by_triton(images, parameters, dtype))
     apart = (ours.cpu().float() - theirs).abs() * 255 * torch.tensor(STD).view(3, 1, 1)
     print(f"triton against torch, {side}, {dtype}: {float((apart > 0.5 + rounding).float().mean()):.2e} differ")
-    # A level can become a few, or by the threshold of solarising the whole range, in single pixels.
+    # A level can become a few, or by the threshold of solarize the whole range, in single pixels.
     assert (apart < 1.5 + rounding).float().mean() >= 0.999
 
 
 def test_the_triton_kernel_takes_more_than_2_to_the_31_bytes():
-    from pipelines.photometric import draw_colours
+    from pipelines.photometric import draw_augment_parameters
 
     batch, side = 350, 1024
-    colours = draw_colours(PhotometricRecipe(blur_global_2=1), 0, 0, np.arange(batch), 2)
-    pictures = torch.randint(0, 256, (batch, 2, side, side, 3), dtype=torch.uint8, device="cuda")
-    assert pictures.numel() > 2**31
-    whole = by_triton(pictures, colours, torch.bfloat16).view(2, batch, 3, side, side)
+    parameters = draw_augment_parameters(PhotometricRecipe(blur_global_2=1), 0, 0, np.arange(batch), 2)
+    images = torch.randint(0, 256, (batch, 2, side, side, 3), dtype=torch.uint8, device="cuda")
+    assert images.numel() > 2**31
+    whole = by_triton(images, parameters, torch.bfloat16).view(2, batch, 3, side, side)
     for place in (0, batch - 1):
-        assert torch.equal(by_triton(pictures[[place]], colours[:, [place]], torch.bfloat16), whole[:, place])
+        assert torch.equal(by_triton(images[[place]], parameters[:, [place]], torch.bfloat16), whole[:, place])
 
 
 def test_the_triton_kernel_does_not_wait_for_the_gpu():
     from pipelines import photometric_triton
 
-    pictures, colours = colour_case(96, 6)
-    out = by_triton(pictures, colours, torch.bfloat16)
-    pictures = pictures.cuda()
+    images, parameters = augment_case(96, 6)
+    out = by_triton(images, parameters, torch.bfloat16)
+    images = images.cuda()
     done = torch.cuda.Event()
     torch.cuda.synchronize()
     try:
         torch.cuda.set_sync_debug_mode("error")
         torch.cuda._sleep(10**9)  # cycles: half a second
-        photometric_triton.augment(pictures, colours, out)
+        photometric_triton.augment(images, parameters, out)
         done.record()
         assert not done.query()
     finally:
@@ -301,7 +304,7 @@ def test_a_step_does_not_wait_for_the_gpu(precision: Precision, norms: str):
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_a_recorded_step_is_the_step(precision: Precision, fused: bool, aside: bool):
     plain = train_step(precision, kernels=True, fused_norms=fused)
-    graphed = GraphedStep(train_step(precision, kernels=True, fused_norms=fused, teacher_aside=aside))
+    graphed = RecordedStep(train_step(precision, kernels=True, fused_norms=fused, teacher_aside=aside))
     for number in range(WARM_UP + 4):
         batch, hyper = step_batch(number, precision), step_hyper(number)
         mine, theirs = graphed(*batch, hyper), plain(*batch, hyper)
@@ -382,7 +385,7 @@ def test_the_fused_loss_is_the_reference_at_full_width():
         teacher = (torch.rand(2 * batch, width, device="cuda") * 2 - 1).to(dtype)
         center = torch.rand(1, width, device="cuda") * 0.1
         wide = student.double().requires_grad_()
-        expected = objective(wide, teacher.double(), center.double(), 0.1, 0.04, views)
+        expected = compute_objective(wide, teacher.double(), center.double(), 0.1, 0.04, views)
         expected.loss.backward()
         given = student.clone().requires_grad_()
         found = fused_dino_loss(given * 1, teacher, center, 0.1, torch.tensor([0.04], device="cuda"), views)

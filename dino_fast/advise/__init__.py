@@ -1,1 +1,1 @@
-"""What a run will do and cost, and what limits it on this machine."""
+"""Advice before a run: what the run will do and cost (`plan`), and what limits it on this machine (`doctor`)."""

@@ -1,10 +1,12 @@
-"""What limits a run on this machine: each stage between the shards and the step measured alone, the whole loader, and
-what the step would take; the doctor command.
+"""The doctor command: what limits a run on this machine.
 
-One process: `dino-fast doctor --data DIR --config FILE`. Many: `torchrun --nproc_per_node N -m dino_fast doctor …`; all
-ranks are then measured at once, as they share cores and storage, and the first one prints its own figures. Nothing is
-kept of what it trains, and nothing written but --json and, where the recipe has one, the cache. The shards are dropped
-from the page cache, so that a run beside it may wait for them. Not run on a GPU yet.
+It measures each stage between the shards and the training step alone, then the whole loader, then the step.
+
+One process: `dino-fast doctor --data DIR --config FILE`. Many: `torchrun --nproc_per_node N -m dino_fast doctor …`. All
+ranks are then measured at the same time, because they share cores and storage. The first rank prints its own figures.
+The trained networks are thrown away. Nothing is written except the file of --json and, where the recipe has one, the
+cache. The shards are dropped from the kernel's page cache, so another run that reads them may have to wait. The doctor
+has not been run on a GPU yet.
 """
 
 import argparse
@@ -26,47 +28,62 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Column, Table
 
-from dino_fast.advise.stages import Run, stages
-from dino_fast.advise.verdict import COLD, STEP, WARM, Machine, digits, verdict
+from dino_fast.advise.advice import MEMORY, STEP, STORAGE, Machine, format_rate, give_advice
+from dino_fast.advise.isolated_stages import RankParts, make_stages
+from dino_fast.advise.plan_text import describe_views
 from dino_fast.config import Recipe, UsageError, read_recipe
-from dino_fast.distributed import Ranks, join
-from dino_fast.train import DTYPES, slow_precision
-from pipelines.loader import Loader, default_threads, open_index
+from dino_fast.distributed import Ranks, join_ranks
+from dino_fast.evaluate.arguments import explain_argument_error, parse_positive_number
+from dino_fast.run.build import open_data, warn_of_slow_precision
+from pipelines.loader import count_default_threads
 from shards.errors import UserError
 from shards.index import ShardIndex
 
-_STEPS_TOGETHER = 20  # of many ranks: they wait for each other, so that none may stop by its own clock
+_STEPS_TOGETHER = 20  # many ranks wait for each other, so all take this many steps instead of watching a clock
 
 
 @dataclass(frozen=True)
-class Figure:
-    """A measured stage."""
+class Measurement:
+    """How fast a stage is."""
 
     stage: str
+    """name of the stage, one of the constants in `advice.py`"""
     where: str
+    """what it ran on, such as "2 CPU threads" or "cuda:0" """
     images: int
+    """images that went through it"""
     seconds: float
+    """time that they took"""
 
     @property
     def images_per_s(self) -> float:
+        """Images a second."""
         return self.images / self.seconds
 
 
-def examine(run: Run, seconds: float, console: Console) -> list[Figure]:
-    """Measure every stage for about so many seconds."""
-    figures = []
-    for stage, where, work, warm_up in stages(run):
-        together = stage == STEP and run.ranks.world > 1
-        items, limit = (islice(work, warm_up + _STEPS_TOGETHER), math.inf) if together else (work, seconds)
-        if run.ranks.world > 1:
+# Measuring
+
+
+def measure_stages(parts: RankParts, seconds: float, console: Console) -> list[Measurement]:
+    """Measure every stage for about `seconds` each."""
+    measurements = []
+    for stage in make_stages(parts):
+        together = stage.name == STEP and parts.ranks.world > 1
+        items = islice(stage.work, stage.warm_up + _STEPS_TOGETHER) if together else stage.work
+        if parts.ranks.world > 1:
             dist.barrier()
-        with contextlib.closing(work), console.status(f"measuring {stage}"):
-            figures.append(Figure(stage, where, *measured(items, limit, run.ranks.device, warm_up)))
-    return figures
+        with contextlib.closing(stage.work), console.status(f"measuring: {stage.name}"):
+            limit = math.inf if together else seconds
+            images, taken = time_work(items, limit, parts.ranks.device, stage.warm_up)
+            measurements.append(Measurement(stage.name, stage.where, images, taken))
+    return measurements
 
 
-def measured(work: Iterator[int], seconds: float, device: torch.device, warm_up: int = 1) -> tuple[int, float]:
-    """Images and seconds of the items of `work` after the first `warm_up`, until so many seconds or its end."""
+def time_work(work: Iterator[int], seconds: float, device: torch.device, warm_up: int = 1) -> tuple[int, float]:
+    """Return how many images `work` did and the seconds it took.
+
+    The first `warm_up` items are not counted. It ends after `seconds`, or when `work` ends.
+    """
     sum(islice(work, warm_up))
     _synchronize(device)
     start, images = time.perf_counter(), 0
@@ -83,105 +100,125 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def rows(figures: Sequence[Figure], index: ShardIndex) -> list[dict[str, Any]]:
-    """The figures as plain data; what is read also in MB/s, at the mean size of the set's pictures."""
-    demand = next(figure.images_per_s for figure in figures if figure.stage == STEP)
-    mb = float(index.records["size"].mean()) / 1e6
+# Printing
+
+
+def make_rows(measurements: Sequence[Measurement], index: ShardIndex) -> list[dict[str, Any]]:
+    """Return the measurements as plain data. Reading has its speed in MB/s, too, at the mean size of the images."""
+    step = next(each.images_per_s for each in measurements if each.stage == STEP)
+    megabytes = float(index.records["size"].mean()) / 1e6
     return [
-        asdict(figure)
-        | {"images_per_s": figure.images_per_s, "times_demand": figure.images_per_s / demand}
-        | ({"mb_per_s": figure.images_per_s * mb} if figure.stage in (COLD, WARM) else {})
-        for figure in figures
+        asdict(each)
+        | {"images_per_s": each.images_per_s, "times_training_step": each.images_per_s / step}
+        | ({"mb_per_s": each.images_per_s * megabytes} if each.stage in (STORAGE, MEMORY) else {})
+        for each in measurements
     ]
 
 
-def show(console: Console, rows: Sequence[dict[str, Any]]) -> None:
-    """A table on a terminal, elsewhere plain lines."""
-    table = Table("stage", "where", Column("img/s", justify="right"), Column("× the step", justify="right"), "")
+def print_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
+    """Print the rows: a table on a terminal, plain lines elsewhere."""
+    rates = (Column(title, justify="right") for title in ("img/s", "× training step", ""))
+    table = Table("stage", "runs on", *rates)
     for row in rows:
-        speed = f"{digits(row['mb_per_s'])} MB/s" if "mb_per_s" in row else ""
-        cells = row["stage"], row["where"], digits(row["images_per_s"]), digits(row["times_demand"]), speed
-        table.add_row(*cells)
+        speed = f"{format_rate(row['mb_per_s'])} MB/s" if "mb_per_s" in row else ""
+        rate, times = format_rate(row["images_per_s"]), format_rate(row["times_training_step"])
+        table.add_row(row["stage"], row["where"], rate, times, speed)
         if not console.is_terminal:
-            stage, where, rate, times, speed = cells
-            say(console, f"{stage:25s} {where:22s} {rate:>8s} img/s  {times:>7s} × the step  {speed}".rstrip())
+            line = f"{row['stage']:24s} {row['where']:22s} {rate:>8s} img/s  {times:>7s} × training step  {speed}"
+            print_line(console, line.rstrip())
     if console.is_terminal:
         console.print(table)
 
 
-def say(console: Console, line: str) -> None:
+def print_line(console: Console, line: str) -> None:
+    """Print a line as it is."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def doctor(recipe: Recipe, ranks: Ranks, seconds: float, file: Path | None) -> None:
-    """Measure, print the table and the verdict, and write the figures to `file`, a JSON object a line."""
+# The command
+
+
+def examine(recipe: Recipe, ranks: Ranks, seconds: float, file: Path | None) -> None:
+    """Measure, print the table and the advice, and write the figures to `file`, one JSON object a line."""
     console = Console(quiet=not ranks.first)
-    with open_index(recipe.data) as index:
-        loader = Loader(
-            index, recipe.data, recipe.crops, recipe.augment, batch=recipe.batch_size, seed=recipe.seed,
-            device=ranks.device, dtype=DTYPES[recipe.precision], rank=ranks.rank, world=ranks.world,
-        )  # fmt: skip
-        for note in slow_precision(recipe, ranks):
-            say(console, note)
-        run = Run(recipe, ranks, index, loader)
-        views = " + ".join(f"{part.stop - part.start}×{size}" for size, part in recipe.crops.resolutions)
-        what = f"{index.folder}: {len(index)} pictures; {views}, {recipe.backbone}, {recipe.precision}"
-        others = f" on each of {ranks.world} ranks; the figures are one rank's" if ranks.world > 1 else ""
-        say(console, f"{what}, batches of {run.share}{others}")
-        found = rows(examine(run, seconds, console), index)
-        show(console, found)
-        rates = {row["stage"]: row["images_per_s"] for row in found}
-        for line in [*verdict(rates, recipe.data, recipe.crops, machine_of(run)), *loader.notes]:
-            say(console, line)
+    index, loader = open_data(recipe, ranks)
+    with index:
+        parts = RankParts(recipe, ranks, index, loader)
+        for line in [*warn_of_slow_precision(recipe, ranks), describe_run(parts)]:
+            print_line(console, line)
+        rows = make_rows(measure_stages(parts, seconds, console), index)
+        print_table(console, rows)
+        rates = {row["stage"]: row["images_per_s"] for row in rows}
+        for line in [*give_advice(rates, recipe.data, recipe.crops, inspect_machine(parts)), *loader.notes]:
+            print_line(console, line)
     if file is not None and ranks.first:
-        file.write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def machine_of(run: Run) -> Machine:
-    """What the verdict must know of the machine and the pictures."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    shards = sum(shard.bytes for shard in run.index.manifest.shards)
-    short_side = float(np.median(np.minimum(run.index.heights, run.index.widths)))
-    return Machine(run.ranks.device.type == "cuda", default_threads(), short_side, shards < memory / 2)
-
-
-def arguments_of(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
-    """The doctor's own arguments, and the recipe of the others. Raises UsageError."""
-    parser = argparse.ArgumentParser(
-        prog="dino-fast doctor",
-        usage="dino-fast doctor --data DIR [--config FILE] [--SETTING VALUE ...] [--seconds S] [--json FILE]",
-        description="Measure what limits a run of a recipe on this machine, and say which setting would lift it.",
-        epilog="Any setting of a recipe may follow, as for training: `dino-fast train --help` lists them.",
-        allow_abbrev=False,
-        exit_on_error=False,
+def describe_run(parts: RankParts) -> str:
+    """Return a line that says what is measured."""
+    recipe, ranks = parts.recipe, parts.ranks
+    others = f" on each of {ranks.world} ranks; the figures are one rank's" if ranks.world > 1 else ""
+    return (
+        f"{recipe.backbone} in {recipe.precision} on {len(parts.index):,} images of {parts.index.folder}, each in "
+        f"{describe_views(recipe.crops)}, batches of {parts.share}{others}"
     )
-    parser.add_argument("--data", metavar="DIR", help="the shards; the same as --data.train")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement; default: 5")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there, a JSON object a line")
+
+
+def inspect_machine(parts: RankParts) -> Machine:
+    """Return what the advice depends on besides the figures."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    shards = sum(shard.bytes for shard in parts.index.manifest.shards)
+    short_side = float(np.median(np.minimum(parts.index.heights, parts.index.widths)))
+    return Machine(parts.ranks.device.type == "cuda", count_default_threads(), short_side, shards < memory / 2)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
+    """Return the doctor's own flags, and the recipe that the other flags describe. Raises UsageError."""
     try:
-        own, rest = parser.parse_known_args(list(arguments))
+        own, rest = build_parser().parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
-        raise UsageError(str(error)) from error
-    if not 0 < own.seconds < math.inf:
-        raise UsageError(f"--seconds {own.seconds}: expected a number above 0")
+        raise UsageError(explain_argument_error(str(error))) from error
     if own.json and not own.json.parent.is_dir():
-        raise UsageError(f"--json {own.json}: no such folder; make it first")
+        raise UsageError(f"--json {own.json}: the folder {own.json.parent} does not exist. Create it first.")
     data = ["--data.train", own.data] if own.data else []
     return own, read_recipe([*rest, *data], "dino-fast doctor", also=list(vars(own)))
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the doctor's own flags."""
+    parser = argparse.ArgumentParser(
+        prog="dino-fast doctor",
+        usage="dino-fast doctor --data DIR [--config FILE] [--SETTING VALUE ...] [--seconds S] [--json FILE]",
+        description="Find what limits a run of a recipe on this machine: storage, decoding, augmentation or the "
+        "training step. Each is measured alone. The advice names the slowest one, and a setting that makes it faster.",
+        epilog="Every setting of a recipe is a flag, too. `dino-fast train --help` lists them.",
+        allow_abbrev=False,
+        exit_on_error=False,
+    )
+    parser.add_argument("--data", metavar="DIR", help="folder or URL of the shards; the same as --data.train")
+    parser.add_argument(
+        "--seconds", type=parse_positive_number, default=5.0, metavar="S",
+        help="how long each stage is measured, in seconds (default: 5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write the figures to this file, one JSON object a line"
+    )
+    return parser
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The doctor command. Returns its exit status: 0, 1 for a failed measurement, 2 for a wrong call."""
+    """Run the doctor command. Return its exit status: 0, 1 for a failed measurement, 2 for a wrong call."""
     try:
-        own, recipe = arguments_of(sys.argv[1:] if arguments is None else arguments)
-        with join(recipe.device) as ranks:
-            doctor(recipe, ranks, own.seconds, own.json)
+        own, recipe = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+        with join_ranks(recipe.device) as ranks:
+            examine(recipe, ranks, own.seconds, own.json)
         return 0
     except (UserError, OSError) as error:  # TimeoutError is an OSError
         print(f"dino-fast doctor: {error}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except torch.OutOfMemoryError:
-        print("dino-fast doctor: out of GPU memory: lower --batch_size, or use more GPUs", file=sys.stderr)
+        print("dino-fast doctor: out of GPU memory. Lower --batch_size, or use more GPUs.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("dino-fast doctor: stopped", file=sys.stderr)

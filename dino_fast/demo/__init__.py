@@ -1,1 +1,1 @@
-"""The demo: a drawn image set, packed, trained on and scored, on a machine with nothing but a CPU."""
+"""The demo: draw images, pack them, train on them and score the result, on a machine with only a CPU."""

@@ -1,253 +1,174 @@
-"""`python -m dino_fast.demo` (what `make demo` runs): pictures, shards, training and its score, on the CPU.
+"""`python -m dino_fast.demo`, which `make demo` runs: images, shards, training and its score, on the CPU.
 
-Everything is written below one folder, `demo/` unless told otherwise. The steps are those of a real run: the same
-packing, the same training, the same k-NN.
+Everything is written below one folder, `demo/` unless --output names another. The steps are those of a real run: the
+same packing, the same training, the same k-NN.
 """
 
 import argparse
-import dataclasses
 import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dino_fast.checkpoint import checkpoints
-from dino_fast.config import Recipe, read_recipe
-from dino_fast.demo.draw import PATTERNS, draw_dataset
-from dino_fast.demo.own import Survey, cleared, stage, survey
-from dino_fast.distributed import join
-from dino_fast.durations import Duration
+from dino_fast.checkpoint import list_checkpoints
+from dino_fast.config import Recipe
+from dino_fast.demo.image_sets import IMAGES_PER_CLASS, ImageSets, make_drawn_sets, make_user_sets, say
+from dino_fast.demo.recipe import count_steps, fit_recipe, read_demo_recipe
+from dino_fast.demo.user_images import Selection, make_empty_folder, select_images
+from dino_fast.distributed import join_ranks
+from dino_fast.evaluate.arguments import FlagParser
 from dino_fast.evaluate.features import load_backbone
-from dino_fast.evaluate.knn import knn_score
-from dino_fast.run.schedules import Schedules
-from dino_fast.train import build_step, claimed, train
+from dino_fast.evaluate.knn import evaluate_knn
+from dino_fast.run.build import build_train_step
+from dino_fast.run.command import lock_output
+from dino_fast.train import train
 from shards.errors import UserError
-from shards.index import ShardIndex
-from shards.packing.pack import Options, pack
-from shards.sources.scan import scan
-from shards.storage.lock import locked
-from shards.storage.output import LocalFolder
+from shards.storage.lock import lock_folder
 
-RECIPE = Path(__file__).resolve().parents[2] / "configs" / "cpu_demo.yaml"
-DRAWN = 108  # pictures drawn of each class
-VAL_OF_DRAWN = 30  # more, of each class, that are only classified
-MOST = 1600  # of the user's pictures, so that copying and scoring them stay short
-FEWEST = 16  # training pictures: batch norm and the centre need some company
-K = 20  # nearest neighbours
-NAMED = 5  # undecodable pictures that are named
-
-say = Console(soft_wrap=True, highlight=False, markup=False).print
-
-
-@dataclasses.dataclass(frozen=True)
-class Sets:
-    """Packed pictures: a training set, and a labelled set to be classified (None: no score can be had)."""
-
-    train: ShardIndex
-    val: ShardIndex | None
+MAX_USER_IMAGES = 1600  # so that copying and scoring them stay short
+MIN_TRAIN_IMAGES = 16  # batch norm and the center need a few images in a batch
+K = 20  # nearest neighbors
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the demo. Returns its exit status: 0, 1 for a failure, 130 for an interrupt."""
-    options = parser().parse_args(arguments)
+    """Run the demo. Return its exit status: 0, 1 for a failure, 2 for a wrong call, 130 for an interrupt."""
+    options = build_parser().parse_args(arguments)
     try:
-        demo(options)
+        run_demo(options)
         return 0
     except UserError as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
-    except OSError as error:  # a full disk, say, in a place where nothing better is known
-        print(f"demo: {error.filename or 'I/O'}: {error.strerror}; mend that and try again", file=sys.stderr)
+    except OSError as error:  # such as a full disk, in a place where nothing better is known
+        print(f"demo: {error.filename or 'I/O'}: {error.strerror}. Fix that and try again.", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("demo: stopped; the same command starts it again", file=sys.stderr)
+        print("demo: stopped. The same command starts it again.", file=sys.stderr)
         return 130
 
 
-def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the demo's flags."""
+    parser = FlagParser(
         prog="python -m dino_fast.demo",
-        description="Draw a labelled picture set, pack it, train on it on the CPU, and print the k-NN score before "
-        "and after. A few minutes on two cores.",
+        description="Draw a labeled image set, pack it, train on it on the CPU, and print the k-NN score before and "
+        "after training. It takes a few minutes on two cores.",
     )
-    found.add_argument("--images", type=Path, metavar="FOLDER", help="your own pictures instead; left as they are")
-    found.add_argument("--output", type=Path, default=Path("demo"), help="where everything goes (default: demo)")
-    found.add_argument("--pictures", type=_count, help=f"pictures of each drawn class to train on (default: {DRAWN})")
-    found.add_argument("--steps", type=_count, help="stop after so many training steps; the default is all of them")
-    found.add_argument("--seed", type=_seed, default=0, help="of the drawing, the packing and the training")
-    return found
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="train on your own images instead; the folder is not changed"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo"), metavar="FOLDER", help="where all files go (default: demo)"
+    )
+    parser.add_argument(
+        "--images-per-class", type=_parse_count, metavar="N",
+        help=f"training images to draw of each class (default: {IMAGES_PER_CLASS})",
+    )  # fmt: skip
+    parser.add_argument(
+        "--steps", type=_parse_count, metavar="N", help="stop after this many training steps (default: take all steps)"
+    )
+    parser.add_argument(
+        "--seed", type=_parse_seed, default=0, metavar="N",
+        help="seed of the drawing, the packing and the training (default: 0)",
+    )  # fmt: skip
+    return parser
 
 
-def demo(options: argparse.Namespace) -> None:
-    """The demo from beginning to end. UserError for what the user can mend."""
-    home = options.output / ("drawn" if options.images is None else "own")
-    found = None if options.images is None else survey(options.images, home, MOST)
-    with locked(home, "another demo is writing into it; wait, or give another --output"):
-        run_in(home, found, options)
+def run_demo(options: argparse.Namespace) -> None:
+    """Run the demo from its beginning to its end. Raises UserError for what the user can fix."""
+    home = options.output / ("drawn" if options.images is None else "user")
+    selection = None if options.images is None else select_images(options.images, home, MAX_USER_IMAGES)
+    with lock_folder(home, "another demo is writing into it. Wait, or choose another --output."):
+        run_in_folder(home, selection, options)
 
 
-def run_in(home: Path, found: Survey | None, options: argparse.Namespace) -> None:
-    """The demo on drawn pictures, or on those found in the user's folder, all of it below `home`."""
-    began = time.monotonic()
+def run_in_folder(home: Path, selection: Selection | None, options: argparse.Namespace) -> None:
+    """Run the demo on drawn images, or on those selected from the user's folder. All files go below `home`."""
+    start = time.monotonic()
 
-    # ---- Pictures into shards
-    sets = own_sets(home, found, options.seed) if found else drawn_sets(home, options)
-    if len(sets.train) < FEWEST:
-        where = f"--images {found.root}" if found else f"--pictures {options.pictures}"
-        raise UserError(f"{where}: {len(sets.train)} pictures to train on are too few; {FEWEST} are the least")
+    # ---- Images into shards
+    if selection:
+        sets = make_user_sets(home, selection, options.seed)
+    else:
+        sets = make_drawn_sets(home, options.images_per_class, options.seed)
+    if len(sets.train) < MIN_TRAIN_IMAGES:
+        flag = f"--images {selection.root}" if selection else f"--images-per-class {options.images_per_class}"
+        raise UserError(f"{flag} gives {len(sets.train)} images to train on, and {MIN_TRAIN_IMAGES} are needed.")
 
     # ---- The score of the weights that training begins with
-    recipe = fitted(recipe_of(home, options), len(sets.train), options.steps)
-    before = score(sets, recipe, None)
+    recipe = fit_recipe(read_demo_recipe(home, options.seed), len(sets.train), options.steps)
+    before = score_teacher(sets, recipe, None)
 
     # ---- Training
-    run = cleared(home / "run")
-    say(f"training a {recipe.backbone} without labels for {steps_of(recipe, len(sets.train))} steps …")
-    with join(recipe.device) as ranks, claimed(recipe, ranks):
-        checkpoint = checkpoints(train(recipe, ranks))[-1]
+    run = make_empty_folder(home / "run")
+    say(f"training a {recipe.backbone} without labels for {count_steps(recipe, len(sets.train))} steps …")
+    with join_ranks(recipe.device) as ranks, lock_output(recipe, ranks):
+        checkpoint = list_checkpoints(train(recipe, ranks))[-1]
 
     # ---- The score of the trained weights
-    after = score(sets, recipe, checkpoint)
-    for line in report(sets, home, run, checkpoint, before, after, time.monotonic() - began):
+    after = score_teacher(sets, recipe, checkpoint)
+    for line in describe_result(sets, home, run, checkpoint, before, after, time.monotonic() - start):
         say(line)
-    if found:
+    if selection:
         say(PATIENCE)
     say(NEXT)
 
 
-# ---- pictures into shards -------------------------------------------------------------------------------------------
+# ---- The score ------------------------------------------------------------------------------------------------------
 
 
-def drawn_sets(home: Path, options: argparse.Namespace) -> Sets:
-    """Draw the pictures, unless they are there already, and pack them."""
-    count = options.pictures or DRAWN
-    val = min(VAL_OF_DRAWN, count)
-    with bar("drawing", len(PATTERNS) * (count + val)) as tick:
-        pictures = draw_dataset(home / "pictures", count, val, options.seed, tick)
-    say(f"{pictures}: {len(PATTERNS)} classes of drawn patterns, {count} + {val} pictures each")
-    shards = cleared(home / "shards")
-    return Sets(*(packed(pictures / split, shards / split, "folders", options.seed) for split in ("train", "val")))
+def score_teacher(sets: ImageSets, recipe: Recipe, checkpoint: Path | None) -> float | None:
+    """Return the k-NN accuracy in percent of the teacher in a checkpoint, or of the recipe's initial weights.
 
-
-def own_sets(home: Path, found: Survey, seed: int) -> Sets:
-    """Copy the user's pictures, made small, into the demo's own folder, and pack those."""
-    say(found.text())
-    copies, shards = cleared(home / "pictures"), cleared(home / "shards")
-    with bar("making small copies", len(found.chosen)) as tick:
-        left_out = stage(found, copies, tick)
-    for name, reason in left_out[:NAMED]:
-        say(f"left out: {name}: {reason}")
-    if len(left_out) > NAMED:
-        say(f"left out: {len(left_out) - NAMED} more")
-    if not any((copies / "train").rglob("*.jpg")):
-        raise UserError(f"--images {found.root}: none of its pictures could be decoded; give another folder")
-    kind = "folders" if found.labelled else "flat"
-    train_set = packed(copies / "train", shards / "train", kind, seed)
-    if len(train_set.classes) < 2 or not any((copies / "val").rglob("*.jpg")):
-        return Sets(train_set, None)
-    return Sets(train_set, packed(copies / "val", shards / "val", kind, seed))
-
-
-def packed(source: Path, out: Path, kind: str, seed: int) -> ShardIndex:
-    """Pack a folder as `make-shards pack` does."""
-    folder, workers = LocalFolder(str(out)), os.cpu_count() or 1
-    with folder.held("another demo is packing into it; wait for it"):
-        listing = scan(source, kind, folder.work)
-        with bar("packing", len(listing)) as tick:
-            pack(listing, folder, Options(seed=seed, name=out.name), workers, lambda done, _: tick(done))
-    return ShardIndex(out)
-
-
-# ---- the recipe -----------------------------------------------------------------------------------------------------
-
-
-def recipe_of(home: Path, options: argparse.Namespace) -> Recipe:
-    """configs/cpu_demo.yaml on this demo's data."""
-    if not RECIPE.is_file():
-        raise UserError(f"{RECIPE}: no such file; run the demo from a checkout (git clone …, make demo)")
-    flags = ["--output", str(home / "run"), "--data.train", str(home / "shards" / "train"), "--seed", str(options.seed)]
-    return read_recipe(["--config", str(RECIPE), *flags])
-
-
-def fitted(recipe: Recipe, pictures: int, steps: int | None) -> Recipe:
-    """The recipe for another number of pictures: as many steps, of them as many to warm up, and whole batches."""
-    drawn = Schedules(recipe, DRAWN * len(PATTERNS) // recipe.batch_size)
-
-    def as_many(duration: Duration) -> Duration:
-        return f"{drawn.steps(duration)} steps"
-
-    optim = dataclasses.replace(
-        recipe.optim,
-        warmup_epochs=as_many(recipe.optim.warmup_epochs),
-        freeze_last_layer_epochs=as_many(recipe.optim.freeze_last_layer_epochs),
-    )
-    loss = dataclasses.replace(recipe.loss, warmup_teacher_temp_epochs=as_many(recipe.loss.warmup_teacher_temp_epochs))
-    epochs = as_many(recipe.epochs)
-    saves = dataclasses.replace(recipe.checkpoint, every=epochs)
-    batch = min(recipe.batch_size, pictures)
-    return dataclasses.replace(
-        recipe, batch_size=batch, epochs=epochs, max_steps=steps or 0, optim=optim, loss=loss, checkpoint=saves
-    )
-
-
-def steps_of(recipe: Recipe, pictures: int) -> int:
-    """How many steps the recipe runs for."""
-    total = Schedules(recipe, pictures // recipe.batch_size).total_steps
-    return min(recipe.max_steps or total, total)
-
-
-# ---- the score ------------------------------------------------------------------------------------------------------
-
-
-def score(sets: Sets, recipe: Recipe, checkpoint: Path | None) -> float | None:
-    """k-NN accuracy in percent of the teacher in a checkpoint, or of the weights that the recipe's run begins with."""
+    Return None where there are no labels.
+    """
     if sets.val is None:
         return None
     if checkpoint is None:
-        with join(recipe.device) as ranks:
-            backbone = build_step(recipe, ranks).teacher.backbone
+        with join_ranks(recipe.device) as ranks:
+            backbone = build_train_step(recipe, ranks).teacher.backbone
     else:
         backbone = load_backbone(checkpoint, "teacher")[0]
     crop = recipe.crops.global_size
-    scores = knn_score(backbone, sets.train, sets.val, round(crop * 256 / 224), crop, torch.device("cpu"))
-    found = scores[K].top1
-    say(f"k-NN (k = {K}) {'before' if checkpoint is None else 'after'} training: {found:.1f} %")
-    return found
+    scores = evaluate_knn(backbone, sets.train, sets.val, round(crop * 256 / 224), crop, torch.device("cpu"))
+    top1 = scores[K].top1
+    say(f"k-NN (k = {K}) {'before' if checkpoint is None else 'after'} training: {top1:.1f} %")
+    return top1
 
 
-def report(
-    sets: Sets, home: Path, run: Path, checkpoint: Path, before: float | None, after: float | None, seconds: float
+def describe_result(
+    sets: ImageSets, home: Path, run: Path, checkpoint: Path, before: float | None, after: float | None, seconds: float
 ) -> Iterator[str]:
-    """What came out, where it lies and what to do next."""
+    """Yield lines about the scores, and about where the files are."""
     yield f"\nThe demo took {seconds / 60:.1f} minutes."
     if sets.val is None or before is None or after is None:
-        yield "No k-NN score: it takes labels: two or more class folders (cat/…, dog/…) of five pictures or more."
+        yield (
+            "There is no k-NN score, because it needs labels: two or more class folders (cat/…, dog/…) of five images "
+            "or more."
+        )
     else:
         classes = len(sets.train.classes)
-        yield f"k-NN accuracy (k = {K}, {len(sets.val)} pictures in {classes} classes, chance {100 / classes:.1f} %):"
+        yield f"k-NN accuracy (k = {K}, {len(sets.val)} images in {classes} classes, chance {100 / classes:.1f} %):"
         yield f"  before training  {before:5.1f} %"
         yield f"  after training   {after:5.1f} %"
-    yield f"\nPictures     {home / 'pictures'}"
+    yield f"\nImages       {home / 'images'}"
     yield f"Shards       {home / 'shards'}"
     yield f"Checkpoint   {checkpoint}"
-    yield f"Metrics      {run / 'metrics.jsonl'}   (curves: {sys.executable} -m tensorboard.main --logdir {run})"
+    yield f"Metrics      {run / 'metrics.jsonl'}   (to plot them: {sys.executable} -m tensorboard.main --logdir {run})"
 
 
 PATIENCE = """
-Drawn patterns are learned in minutes, photographs are not: on these, a run this short need not raise the score. A real
-run takes hours on a GPU, and starts from the pictures themselves rather than the demo's small copies:
-  make-shards pack YOUR_FOLDER data/mine
-  dino-fast train --config configs/imagenette_resnet18.yaml --data.train data/mine --output runs/mine"""
+Drawn patterns are learned in minutes, but photographs are not: on them, a run as short as this may not raise the score.
+A real run takes hours on a GPU. It uses your images themselves instead of the demo's small copies:
+  make-shards pack YOUR_FOLDER data/mine --format flat
+  dino-fast train --config configs/own_photos.yaml --data.train data/mine --output runs/mine"""
 
 NEXT = """
-Next, on ImageNet (folders train/ and val/ of class folders), with 8 GPUs; activate the environment first:
+Next: train on ImageNet (folders train/ and val/ of class folders) with 8 GPUs. Activate the environment first:
   source .venv/bin/activate
   make-shards pack /path/to/imagenet/train data/imagenet/train
   make-shards pack /path/to/imagenet/val data/imagenet/val
@@ -255,37 +176,23 @@ Next, on ImageNet (folders train/ and val/ of class folders), with 8 GPUs; activ
   dino-fast knn --checkpoint runs/resnet50_100ep --train data/imagenet/train --val data/imagenet/val"""
 
 
-# ---- small things ---------------------------------------------------------------------------------------------------
+# ---- Flags ----------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def bar(doing: str, total: int) -> Iterator[Callable[..., None]]:
-    """A progress bar on a terminal, nothing elsewhere. Gives a function: one more, or so many in all."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    console = Console(stderr=True)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as shown:
-        task = shown.add_task(doing, total=total)
-
-        def tick(done: int | None = None) -> None:
-            shown.advance(task) if done is None else shown.update(task, completed=done)
-
-        yield tick
-
-
-def _count(text: str) -> int:
+def _parse_count(text: str) -> int:
     if not re.fullmatch(r"[1-9]\d{0,6}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, not {text!r}")
     return int(text)
 
 
-def _seed(text: str) -> int:
+def _parse_seed(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no seed; give a whole number of 0 or more")
+        raise argparse.ArgumentTypeError(f"expected a whole number, 0 or more, not {text!r}")
     return int(text)
 
 
 if __name__ == "__main__":
-    # The loader's threads may stand in DALI: after a failure, leave without waiting for them.
+    # The loader's threads may be inside DALI. After a failure, do not wait for them.
     status = main()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -21,7 +21,7 @@ BACKBONES = tuple(_RESNETS)
 
 
 class GlobalAveragePool(nn.Module):
-    """[N, D, H, W] → [N, D, 1, 1], as nn.AdaptiveAvgPool2d(1), whose gradient loses the channels-last layout."""
+    """Does what nn.AdaptiveAvgPool2d(1) does, with a gradient that keeps the channels-last layout."""
 
     def forward(self, x: Tensor) -> Tensor:
         mean: Tensor = _Mean.apply(x)
@@ -29,7 +29,7 @@ class GlobalAveragePool(nn.Module):
 
 
 class _Mean(torch.autograd.Function):
-    """Over height and width. avg_pool2d keeps the layout, too, but its gradient takes ten times as long on a GPU."""
+    """The mean over height and width. avg_pool2d keeps the layout, too, but its gradient is ten times as slow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -43,15 +43,15 @@ class _Mean(torch.autograd.Function):
 
 
 def build_backbone(name: str) -> tuple[nn.Module, int]:
-    """A freshly initialised backbone, [N, 3, H, W] → [N, D], and its D.
+    """Build a new backbone, which maps [N, 3, H, W] to [N, D]. Returns it and its D.
 
     The last batch norm of a residual block starts at 1 (torchvision's default), as published. Weights are drawn from
     torch's global generator. Raises UserError for a name that is not in `BACKBONES`.
     """
     if name not in _RESNETS:
         near = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown backbone {name!r}: {hint}the choices are {', '.join(BACKBONES)}")
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise UserError(f"unknown backbone {name!r}. {hint}The choices are {', '.join(BACKBONES)}.")
     backbone = _RESNETS[name](weights=None)
     features = backbone.fc.in_features
     backbone.fc = nn.Identity()
@@ -61,7 +61,7 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
 
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; after it, every module is in its own again."""
+    """Put `network` into evaluation mode inside. After it, every module is in its own mode again."""
     training = [module for module in network.modules() if module.training]
     network.eval()
     try:

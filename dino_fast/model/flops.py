@@ -1,23 +1,24 @@
-"""The arithmetic of a step, counted from the layers, and what a GPU's data sheet promises: for the share of it in use.
+"""The arithmetic of a step, counted from the layers, and the peak of GPUs by their data sheets.
 
-FLOPs are of convolutions and matrix products alone, two for each multiplication with its addition: what the model asks
-for, whatever the machine makes of it. The share is then the "model FLOPs utilization" of Chowdhery et al. 2022
-(appendix B).
+Only convolutions and matrix products are counted, with two FLOPs for each multiplication and its addition. This is what
+the model needs, whatever the machine does. Its share of the peak is the "model FLOPs utilization" of Chowdhery et al.
+2022 (appendix B).
 """
 
 import re
+from collections.abc import Hashable
 from functools import cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dino_fast.config import Recipe
 from dino_fast.model.backbones import build_backbone
-from dino_fast.model.head import DinoHead
+from dino_fast.model.head import DinoHead, HeadRecipe
+from pipelines.crops import CropRecipe
 
-# FLOP/s in bfloat16 or float16 with sums in float32, dense, by torch's name of the GPU; the first match counts.
-# As NVIDIA publishes them, in whitepapers (H100: 989.4, H100 PCIe: 756; A100: 312; V100: 125 and 112; Ada: 165.2;
+# FLOP/s in bfloat16 or float16 with sums in float32, dense, by torch's name of the GPU. The first match counts.
+# The values are NVIDIA's, in whitepapers (H100: 989.4, H100 PCIe: 756; A100: 312; V100: 125 and 112; Ada: 165.2;
 # GA102: 71) and in the products' data sheets, halved where those count half of a matrix as zeros (B200: 4,500; H100 NVL
 # and H200 NVL: 1,671; L40: 362; L4: 242).
 PEAKS = {
@@ -41,28 +42,42 @@ PEAKS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s of a device in half precision by its data sheet. None for processors, parts of GPUs, and unknown ones."""
+    """Return a device's FLOP/s in half precision by its data sheet. None for CPUs, parts of GPUs, and unknown ones."""
     return peak_by_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def peak_by_name(name: str) -> float | None:
-    """As `peak_flops`, by torch's name of a GPU, such as "NVIDIA H200"."""
+    """Return the same by torch's name of a GPU, such as "NVIDIA H200"."""
     if re.search(r"\bMIG\b", name):
         return None
     return next((peak for pattern, peak in PEAKS.items() if re.search(rf"\b{pattern}", name)), None)
 
 
-class Convolution(NamedTuple):
-    """One layer, for one picture of one size."""
+class Architecture(Hashable, Protocol):
+    """What the arithmetic of a step depends on. A recipe has all of it."""
 
-    flops: float  # of each of its kernels
-    elements: int  # read and written by each
-    kernels: int  # forward, by weight and by input: the first layer's input needs no gradient
+    @property
+    def backbone(self) -> str: ...
+    @property
+    def crops(self) -> CropRecipe: ...
+    @property
+    def head(self) -> HeadRecipe: ...
+
+
+class Convolution(NamedTuple):
+    """One layer, for one image of one size."""
+
+    flops: float
+    """FLOPs of each of its kernels"""
+    elements: int
+    """values that each of its kernels reads and writes"""
+    kernels: int
+    """number of kernels: forward, by weight, and by input except in the first layer"""
 
 
 @cache
 def convolutions(backbone: str, side: int) -> tuple[Convolution, ...]:
-    """A backbone's layers at `side` pixels, in the order of its forward."""
+    """Return a backbone's layers at `side` pixels, in the order of its forward pass."""
     found: list[Convolution] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -78,9 +93,11 @@ def convolutions(backbone: str, side: int) -> tuple[Convolution, ...]:
     return tuple(found)
 
 
-def step_convolutions(recipe: Recipe) -> list[tuple[int, Convolution]]:
-    """Every layer at each resolution, and how many of its kernels run for one image: of the student forward and
-    backward, of the teacher forward."""
+def step_convolutions(recipe: Architecture) -> list[tuple[int, Convolution]]:
+    """Return every layer at each resolution, and how many of its kernels run for one image.
+
+    The student runs forward and backward, the teacher forward.
+    """
     crops = recipe.crops
     layers = [(2 * layer.kernels + 2, layer) for layer in convolutions(recipe.backbone, crops.global_size)]
     if crops.locals:
@@ -89,8 +106,8 @@ def step_convolutions(recipe: Recipe) -> list[tuple[int, Convolution]]:
 
 
 @cache
-def head_flops(recipe: Recipe) -> float:
-    """Of the heads' matrix products for one image."""
+def head_flops(recipe: Architecture) -> float:
+    """Return the FLOPs of the heads' matrix products for one image."""
     with torch.device("meta"):
         _, width = build_backbone(recipe.backbone)
         head = DinoHead(width, recipe.head)
@@ -100,6 +117,6 @@ def head_flops(recipe: Recipe) -> float:
 
 
 @cache
-def flops_an_image(recipe: Recipe) -> float:
-    """Of one image's step: student forward and backward, teacher forward. Of convolutions and matrix products alone."""
+def flops_an_image(recipe: Architecture) -> float:
+    """Return the FLOPs of one image's step: student forward and backward, teacher forward."""
     return sum(count * layer.flops for count, layer in step_convolutions(recipe)) + head_flops(recipe)

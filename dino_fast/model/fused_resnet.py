@@ -11,13 +11,13 @@ from dino_fast.model.kernels.batch_norm import norm_add_relu, norm_relu, norm_re
 
 
 class FusedResNet(ResNet):
-    """`models.ResNet` with the same modules, parameters and results; in eval mode it is that."""
+    """A `models.ResNet` with the same modules, parameters and results. In eval mode it is exactly that."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[N, 3, H, W], channels-last → [N, D]."""
+        """Map [N, 3, H, W], channels-last, to [N, D]."""
         if not self.training:
             return super().forward(x)
-        # Two operations take what a block gives: its first convolution, and what goes around the block.
+        # Two operations use a block's output: the next block's first convolution, and the way around that block.
         inner, around = norm_relu_pool(self.conv1(x), self.bn1)
         for block in chain(self.layer1, self.layer2, self.layer3, self.layer4):
             inner, around = run_block(block, inner, around)
@@ -26,7 +26,7 @@ class FusedResNet(ResNet):
 
 
 def run_block(block: BasicBlock | Bottleneck, inner: Tensor, around: Tensor) -> tuple[Tensor, Tensor]:
-    """A block on twice the same tensor, and twice what it gives."""
+    """Run a block on two copies of one tensor. Returns two copies of its output."""
     layers = [(block.conv1, block.bn1), (block.conv2, block.bn2)]
     if not isinstance(block, BasicBlock):
         layers.append((block.conv3, block.bn3))
@@ -41,7 +41,7 @@ def run_block(block: BasicBlock | Bottleneck, inner: Tensor, around: Tensor) -> 
 
 
 def fuse_norms(network: nn.Module) -> bool:
-    """Make every torchvision ResNet in `network` a FusedResNet, in place; whether there was one."""
+    """Make every torchvision ResNet in `network` a FusedResNet, in place. Returns whether there was one."""
     found = [module for module in network.modules() if type(module) is ResNet]
     for module in found:
         module.__class__ = FusedResNet

@@ -1,7 +1,7 @@
 """Weights that are kept in half precision beside their float32 values, for networks that run under autocast.
 
-Autocast casts every weight anew in every forward pass, a launch and 6 bytes a value each time. Here what updates the
-weights writes the cast values too, as it has them at hand: 2 bytes a value, once a step.
+Autocast casts every weight in every forward pass, with a launch and 6 bytes a value each time. Here the update of the
+weights writes the cast values, too: 2 bytes a value, once a step.
 """
 
 from typing import Any
@@ -12,30 +12,30 @@ from torch import Tensor, nn
 
 
 class HalfConv2d(nn.Conv2d):
-    """`nn.Conv2d` that, under autocast, multiplies by `half_weight`."""
+    """An `nn.Conv2d` that, under autocast, multiplies by `half_weight`."""
 
     half_weight: Tensor
     half_bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x, *_in_use(self, x))
+        return self._conv_forward(x, *_choose_weights(self, x))
 
 
 class HalfLinear(nn.Linear):
-    """`nn.Linear` that, under autocast, multiplies by `half_weight`."""
+    """An `nn.Linear` that, under autocast, multiplies by `half_weight`."""
 
     half_weight: Tensor
     half_bias: Tensor | None
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *_in_use(self, x))
+        return F.linear(x, *_choose_weights(self, x))
 
 
 def keep_half_weights(network: nn.Module, dtype: torch.dtype) -> dict[Tensor, Tensor]:
-    """Give the convolutions and linear layers below `network`, which autocast casts, copies of their parameters.
+    """Give the convolutions and linear layers below `network` copies of their parameters in `dtype`.
 
-    Parameters and the state dict stay as they are. Returns copies by parameters, laid out like them; whoever changes
-    a parameter has to change its copy.
+    Parameters and the state dict stay as they are. Returns the copies by their parameters, in the same memory layout.
+    Code that changes a parameter has to change its copy.
     """
     copies: dict[Tensor, Tensor] = {}
     for module in network.modules():
@@ -51,7 +51,7 @@ def keep_half_weights(network: nn.Module, dtype: torch.dtype) -> dict[Tensor, Te
     return copies
 
 
-def _in_use(layer: HalfConv2d | HalfLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
+def _choose_weights(layer: HalfConv2d | HalfLinear, x: Tensor) -> tuple[Tensor, Tensor | None]:
     if not torch.is_autocast_enabled(x.device.type):
         return layer.weight, layer.bias
     weight: Tensor = _StandIn.apply(layer.weight, layer.half_weight)
@@ -60,7 +60,7 @@ def _in_use(layer: HalfConv2d | HalfLinear, x: Tensor) -> tuple[Tensor, Tensor |
 
 
 class _StandIn(torch.autograd.Function):
-    """`half` for `whole`, of which it holds the cast values; differentiated as that cast is."""
+    """Returns `half`, the cast values of `whole`, and is differentiated as that cast."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor, half: Tensor) -> Tensor:

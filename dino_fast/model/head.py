@@ -1,4 +1,4 @@
-"""The DINO projection head: an MLP to a unit-length bottleneck, then a weight-normalised map to K prototypes.
+"""The DINO projection head: an MLP to a unit-length bottleneck, then a weight-normalized map to K prototypes.
 
 `DINOHead` in facebookresearch/dino `vision_transformer.py`; Caron et al. 2021, appendix C. Parameter names are the
 published ones, so released heads load.
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class HeadRecipe:
-    """The projection head that is trained on top of the backbone and thrown away after."""
+    """The projection head, which is trained on top of the backbone and not used after the training."""
 
     out_dim: Annotated[int, Ge(2)] = 65536
     """number of prototypes K, the width of the logits"""
@@ -25,15 +25,15 @@ class HeadRecipe:
     bottleneck_dim: Annotated[int, Ge(1)] = 256
     """width of the unit-length features before the last layer"""
     layers: Annotated[int, Ge(1)] = 3
-    """linear layers of the MLP"""
+    """number of linear layers of the MLP"""
     batch_norm: bool = False
-    """batch norm after each hidden linear layer"""
+    """whether a batch norm follows each hidden linear layer"""
     norm_last_layer: bool = True
-    """hold the prototypes at length 1, instead of learning their lengths"""
+    """whether the prototypes stay at length 1, instead of having learned lengths"""
 
 
 class WeightNormLinear(nn.Module):
-    """x · Wᵀ, each row of W being `weight_g` · `weight_v` / ‖`weight_v`‖ (Salimans & Kingma 2016), without a bias.
+    """Computes x · Wᵀ, where a row of W is `weight_g` · `weight_v` / ‖`weight_v`‖ (Salimans & Kingma 2016).
 
     weight_v: [out, in], weight_g: [out, 1]. `torch.nn.utils.weight_norm` does the same through hooks that break under
     compilation; this is its operation alone, with the same state.
@@ -46,12 +46,12 @@ class WeightNormLinear(nn.Module):
         nn.init.kaiming_uniform_(self.weight_v, a=math.sqrt(5))  # nn.Linear's own, as published
 
     def weight(self) -> Tensor:
-        """The rows in use, [out, in], in float32 or better whatever the parameters are held in."""
+        """Return the rows in use, [out, in], in float32 or better whatever the type of the parameters."""
         dtype = torch.promote_types(self.weight_v.dtype, torch.float32)
         return torch._weight_norm(self.weight_v.to(dtype), self.weight_g.to(dtype), 0)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: [N, in] → [N, out]; float16 under float16 autocast, otherwise float32 or better.
+        """Map [N, in] to [N, out], in float16 under float16 autocast, otherwise in float32 or better.
 
         The logits are cosines that the loss divides by as little as 0.04: rounded to bfloat16 they would be wrong by
         0.05 after that, so a bfloat16 run multiplies here in float32 (TF32 where the run allows it).
@@ -65,7 +65,7 @@ class WeightNormLinear(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Backbone features [N, in_dim] → logits [N, K], which are cosines when `norm_last_layer`."""
+    """Maps backbone features [N, in_dim] to logits [N, K], which are cosines with `norm_last_layer`."""
 
     def __init__(self, in_dim: int, recipe: HeadRecipe) -> None:
         super().__init__()
@@ -98,6 +98,6 @@ def _linear(in_dim: int, out_dim: int) -> nn.Linear:
 
 
 def _unit_length(x: Tensor) -> Tensor:
-    """Rows of x at length 1, in float32 or better; the floor of the length is one that x's own type can hold."""
+    """Scale the rows of x to length 1, in float32 or better. x's own type can hold the smallest length."""
     eps = 1e-6 if x.dtype.itemsize < 4 else 1e-12
     return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1, eps=eps)

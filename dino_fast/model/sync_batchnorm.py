@@ -1,7 +1,7 @@
-"""Batch norm over the batches of all ranks, on any device that torch.distributed can talk from.
+"""Batch norm over the batches of all ranks, on any device that torch.distributed can send from.
 
-`torch.nn.SyncBatchNorm` refuses CPU tensors. This one sends one message a layer in each direction: forward the count,
-mean and sum of squared deviations of every rank, combined by the formula of Chan et al. 1979; backward two sums.
+`torch.nn.SyncBatchNorm` refuses CPU tensors. This one sends one message a layer in each direction. Forward it holds the
+count, mean and sum of squared deviations of each rank, combined by the formula of Chan et al. 1979; backward two sums.
 """
 
 from typing import Any
@@ -14,15 +14,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def world_size() -> int:
-    """The number of ranks; 1 when torch.distributed is not in use."""
+    """Return the number of ranks, 1 when torch.distributed is not in use."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 class SyncBatchNorm(_BatchNorm):
-    """`nn.BatchNorm1d/2d` whose training statistics are those of all ranks' batches together: [N, C, …] → the same.
+    """An nn.BatchNorm1d or 2d whose training statistics are those of all ranks' batches together.
 
-    Parameters, buffers and their names are nn.BatchNorm's. Batches may differ in N between ranks, but not be empty.
-    In eval mode, and with one rank, it is nn.BatchNorm itself.
+    Parameters, buffers and their names are nn.BatchNorm's. Batches [N, C, …] may differ in N between ranks. None may be
+    empty. In eval mode, and with one rank, it is nn.BatchNorm itself.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ class SyncBatchNorm(_BatchNorm):
             self._track(mean, var, count)
         weight = torch.ones_like(mean) if self.weight is None else self.weight
         bias = torch.zeros_like(mean) if self.bias is None else self.bias
-        return _Normalise.apply(x, weight, bias, mean, torch.rsqrt(var + self.eps), count)
+        return _Normalize.apply(x, weight, bias, mean, torch.rsqrt(var + self.eps), count)
 
     @torch.no_grad()
     def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
@@ -55,12 +55,12 @@ def convert_sync_batchnorm(module: nn.Module) -> None:
     """Replace every nn.BatchNorm1d and nn.BatchNorm2d below `module` in place, keeping parameters and buffers."""
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
-            setattr(module, name, _synchronised(child))
+            setattr(module, name, _make_synchronized(child))
         else:
             convert_sync_batchnorm(child)
 
 
-def _synchronised(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> SyncBatchNorm:
+def _make_synchronized(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> SyncBatchNorm:
     new = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
     new.weight, new.bias = norm.weight, norm.bias
     new.running_mean, new.running_var = norm.running_mean, norm.running_var
@@ -69,9 +69,9 @@ def _synchronised(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> SyncBatchNorm:
 
 
 def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean [C], biased variance [C] and count (a scalar) per channel of all ranks' x, [N, C, …], in one all-gather.
+    """Return mean [C], biased variance [C] and count (a scalar) of all ranks' x, [N, C, …], in one all-gather.
 
-    In float32, or float64 for float64. The count is a tensor, and so costs no synchronisation with the host.
+    They are in float32, or float64 for float64. The count is a tensor, so that the host need not wait for it.
     """
     var, mean = torch.var_mean(_wide(x), dim=_sample_dims(x), correction=0)
     count = mean.new_full((1,), x.numel() / x.shape[1])
@@ -84,8 +84,8 @@ def global_statistics(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return mean, (deviations + counts * (means - mean).square()).sum(0) / total, total
 
 
-class _Normalise(torch.autograd.Function):
-    """weight · (x − mean) / std + bias, differentiated through the statistics, which all ranks' x went into."""
+class _Normalize(torch.autograd.Function):
+    """Computes weight · (x − mean) / std + bias, differentiated through the statistics of all ranks' x."""
 
     @staticmethod
     def forward(
@@ -99,14 +99,14 @@ class _Normalise(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, inverse_std, count = ctx.saved_tensors
-        normalised = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
+        normalized = (x - _per_channel(mean, x)) * _per_channel(inverse_std, x)
         grad = _wide(grad)
-        local = torch.stack([grad.sum(_sample_dims(x)), (grad * normalised).sum(_sample_dims(x))])
+        local = torch.stack([grad.sum(_sample_dims(x)), (grad * normalized).sum(_sample_dims(x))])
         means = local.clone()
         dist.all_reduce(means)
         mean_grad, mean_product = (means / count).unbind()
         # x's own layout comes out (channels-last or not), since it leads the expression.
-        grad_x = normalised.mul(_per_channel(-mean_product, x)).add(grad).sub(_per_channel(mean_grad, x))
+        grad_x = normalized.mul(_per_channel(-mean_product, x)).add(grad).sub(_per_channel(mean_grad, x))
         grad_x = grad_x.mul(_per_channel(_wide(weight) * inverse_std, x)).to(x.dtype)
         return grad_x, local[1].to(weight.dtype), local[0].to(weight.dtype), None, None, None
 

@@ -1,4 +1,4 @@
-"""How a run looks while it is watched: a bar with figures on a terminal, elsewhere one plain line a log."""
+"""How a run looks while it is watched: a progress bar with figures on a terminal, elsewhere a plain line a log."""
 
 import contextlib
 import time
@@ -9,17 +9,17 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-REDRAWN = 2  # times a second; each takes the interpreter from the thread that runs the steps
+REFRESHES = 2  # a second; each takes the interpreter from the thread that runs the steps
 
 
 class Display:
-    """A rich progress bar on a terminal; elsewhere one plain line a log."""
+    """A rich progress bar on a terminal; elsewhere one plain line for each row of the log."""
 
     def __init__(self, start: int, stop: int) -> None:
         self._console, self._stop = Console(), stop
         self._progress = _BarAndLines(
             TextColumn("epoch {task.fields[epoch]}  step"), MofNCompleteColumn(), BarColumn(None), TimeElapsedColumn(),
-            TextColumn("ETA"), TimeRemainingColumn(), console=self._console, refresh_per_second=REDRAWN,
+            TextColumn("ETA"), TimeRemainingColumn(), console=self._console, refresh_per_second=REFRESHES,
             disable=not self._console.is_terminal, speed_estimate_period=300,
         )  # fmt: skip
         self._task = self._progress.add_task("", total=stop, completed=start, epoch="–", figures="")
@@ -32,19 +32,19 @@ class Display:
         self.advance(start)
 
     def advance(self, done: int) -> None:
-        """So many steps are done."""
+        """Show that `done` steps are done."""
         self._progress.update(self._task, completed=done)
 
     def show(self, done: int, epoch: str, row: dict[str, Any]) -> None:
-        """The figures of a logged row; `epoch` as in "3/100"."""
-        lines = pace(row), state(row)
+        """Show the figures of a row; `epoch` is written as in "3/100"."""
+        lines = format_pace(row), format_state(row)
         self._progress.update(self._task, completed=done, epoch=epoch, figures="\n".join(lines))
         if self._progress.disable:
             left = (time.monotonic() - self._started) / (done - self._first) * (self._stop - done)
             self.say(f"epoch {epoch}  step {done}/{self._stop}  {'  '.join(lines)}  ETA {left / 60:.1f} min")
 
     def say(self, line: str) -> None:
-        """Print a line above the bar, as it is. One that cannot be printed, to a full disk say, is lost."""
+        """Print a line above the bar as it is. One that cannot be printed, to a full disk for example, is lost."""
         with contextlib.suppress(OSError):
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -53,23 +53,23 @@ class Display:
 
 
 class _BarAndLines(Progress):
-    """The bar above, the figures below: together they are wider than a terminal."""
+    """Draws the bar, and the figures below it: side by side they would be wider than a terminal."""
 
     def get_renderables(self) -> Iterator[RenderableType]:
         yield self.make_tasks_table(self.tasks)
         yield from (Text(task.fields["figures"]) for task in self.tasks)
 
 
-def pace(row: dict[str, Any]) -> str:
-    """Loss, and how fast the run goes."""
+def format_pace(row: dict[str, Any]) -> str:
+    """Return the loss, and how fast the run goes."""
     return (
         f"loss {_number(row['loss'], '.4f')}  {row['images_per_s_per_gpu']:.1f} img/s per GPU  "
         f"{row['images_per_s']:.1f} total  stall {100 * row['stall']:.1f} %"
     )
 
 
-def state(row: dict[str, Any]) -> str:
-    """How it is doing: what there is to say."""
+def format_state(row: dict[str, Any]) -> str:
+    """Return learning rate, entropy, gradient norm, and what else is known."""
     parts = [f"lr {row['lr']:.2e}", f"entropy {_number(row['teacher_entropy'], '.3f')}"]
     parts += [f"grad norm {_number(row['grad_norm'], '.3g')}"]
     parts += [f"MFU {100 * row['mfu']:.1f} %"] if row["mfu"] is not None else []

@@ -1,7 +1,8 @@
-"""Collapse: figures that show it coming, and alarms that say what it is and what to do.
+"""Collapse: the figures that show it coming, and the alarms that say what it is and what to do.
 
-A DINO run fails in few ways: all targets become even, all become the same one prototype, or the features lose their
-dimensions. `probe` measures them on a few pictures without changing the run; `Alarms` judges the rows that are logged.
+A DINO run fails in few ways: all targets become uniform, all become the same single prototype, or the features lose
+their dimensions. `probe` measures this on a few images without changing the run; `CollapseAlarms` looks at the rows
+that are logged.
 """
 
 import math
@@ -14,47 +15,56 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dino_fast.model.backbones import evaluating
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.train_step import TrainStep
 
-PICTURES = 128  # seen by a probe at most: as many as the rank of features can then be
+IMAGES = 128  # at most in a probe; the rank of their features can be as high as their number
+
+
+def collect_figures(step: TrainStep, globals_: Tensor, hyper: Hyper) -> dict[str, float | Tensor]:
+    """Return the figures that a row has besides the step's own; their names are in `metrics.OF_A_LOOK`."""
+    parts = {f"{part}_ms": milliseconds for part, milliseconds in step.clock.read().items()}
+    scale = {} if step.loss_scale is None else {"loss_scale": step.loss_scale.scale}
+    return {**parts, **scale, **probe(step, globals_, hyper.teacher_temp)._asdict()}
 
 
 class Probe(NamedTuple):
-    """The teacher's targets and features over a few pictures of this rank: scalars on the device."""
+    """The teacher's targets and features on a few images of this rank: scalars on the device."""
 
     target_kl: Tensor
-    """of the mean target to the uniform one, in nats; 0: all prototypes used alike, ln K: one for every picture"""
+    """divergence of the mean target from the uniform one, in nats: 0 if all prototypes are used alike, ln K if only one
+    is used"""
     target_entropy: Tensor
-    """mean over the pictures of their target's, in nats"""
+    """mean entropy of the targets, in nats"""
     feature_rank: Tensor
-    """RankMe of the backbone's features: from 1 to the smaller of pictures and dimensions"""
+    """RankMe of the backbone's features, from 1 to the smaller number of images and dimensions"""
     feature_std: Tensor
-    """of the features at length 1, times √D: 1 where they point everywhere, 0 where all are the same"""
+    """spread of the features at length 1, times √D: 1 if they point everywhere, 0 if all are the same"""
     center_norm: Tensor
-    """length of the centre; its K entries are cosines where `norm_last_layer`, so it is at most √K"""
+    """length of the center; its K entries are cosines where `norm_last_layer`, so it is at most √K"""
 
 
 @torch.no_grad()
 def probe(step: TrainStep, globals_: Tensor, teacher_temp: float) -> Probe:
     """Look at the teacher through the first global view of a batch, `globals_`: [2·B, 3, G, G], view-major.
 
-    One forward pass of at most `PICTURES` pictures, normalised by running statistics: ranks need not talk, and nothing
-    of the run is changed. The host waits for the device only inside the eigenvalues.
+    This is one forward pass of at most `IMAGES` images, normalized by running statistics. So ranks need not
+    communicate, and nothing of the run changes. The host waits for the device only inside the eigenvalues.
     """
-    pictures = globals_[: min(PICTURES, len(globals_) // 2)]
+    images = globals_[: min(IMAGES, len(globals_) // 2)]
     with step.autocast(), evaluating(step.teacher):
-        features = step.teacher.backbone.forward(pictures)  # not called: that would compile a graph for this mode
+        features = step.teacher.backbone.forward(images)  # not called: that would compile a graph for this mode
         logits = step.teacher.head(features)
-    kl, entropy = spread_of_targets(logits, step.center, teacher_temp)
+    kl, entropy = measure_targets(logits, step.center, teacher_temp)
     features = _wide(features)
     return Probe(kl, entropy, rank_me(features), unit_std(features), torch.linalg.vector_norm(step.center))
 
 
-def spread_of_targets(logits: Tensor, center: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
-    """KL of the mean target to the uniform distribution, and the mean entropy of the targets: scalars, in nats.
+def measure_targets(logits: Tensor, center: Tensor, teacher_temp: float) -> tuple[Tensor, Tensor]:
+    """Return the divergence of the mean target from the uniform one, and the targets' mean entropy, in nats.
 
-    Teacher logits: [N, K]; centre: [1, K]. The mean over N sharp targets holds at most N prototypes: where K is more,
-    the KL of healthy targets is about ln K − ln N.
+    logits: the teacher's, [N, K]; center: [1, K]. The mean over N sharp targets holds at most N prototypes: where K is
+    larger, the divergence of healthy targets is about ln K − ln N.
     """
     log_p = torch.log_softmax((_wide(logits) - center) / teacher_temp, dim=-1)
     p = log_p.exp()
@@ -63,10 +73,11 @@ def spread_of_targets(logits: Tensor, center: Tensor, teacher_temp: float) -> tu
 
 
 def rank_me(features: Tensor) -> Tensor:
-    """exp of the entropy of the singular values of [N, D], divided by their sum: a scalar (Garrido et al. 2023, eq. 1).
+    """Return exp of the entropy of the singular values of [N, D], divided by their sum (Garrido et al. 2023, eq. 1).
 
-    NaN for features that are not all finite. From the eigenvalues of the smaller Gram matrix, in float64: their roots
-    would have only half of float32's digits, and a hundred rounding errors look like a dimension.
+    The result is a scalar, and NaN for features that are not all finite. It is computed from the eigenvalues of the
+    smaller Gram matrix, in float64: their roots would have only half of float32's digits, and a hundred rounding errors
+    look like a dimension.
     """
     wide = features.double()
     gram = wide @ wide.T if len(wide) < wide.shape[1] else wide.T @ wide
@@ -74,14 +85,14 @@ def rank_me(features: Tensor) -> Tensor:
     gram = torch.where(finite, gram, torch.eye(len(gram), dtype=gram.dtype, device=gram.device))  # LAPACK raises on NaN
     try:
         values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
-    except RuntimeError:  # they did not converge; a figure of a log is not worth a run
+    except RuntimeError:  # they did not converge; a figure of the log must not end a run
         return features.new_full((), math.nan)
     rank = torch.special.entr(values / values.sum()).sum().exp()
     return torch.where(finite, rank, math.nan).to(features.dtype)
 
 
 def unit_std(features: Tensor) -> Tensor:
-    """Mean over dimensions of the standard deviation of features [N, D] at length 1, times √D (Chen & He 2021, 4.1)."""
+    """Return the mean standard deviation of features [N, D] at length 1, times √D (Chen & He 2021, section 4.1)."""
     unit = F.normalize(features, dim=1)
     return unit.std(0, correction=0).mean() * math.sqrt(features.shape[1])
 
@@ -92,90 +103,89 @@ def _wide(x: Tensor) -> Tensor:
 
 # ---- Alarms ---------------------------------------------------------------------------------------------------------
 
-# A run is not judged before both are over: at first all pictures look alike to the networks, and the centre is not
-# there yet.
+# No alarm is raised before both are over: at first all images look alike to the networks, and the center is not there.
 BEGINNING_EPOCHS = 1
 BEGINNING_STEPS = 200  # epochs of small data are short
-PATIENCE = 5  # logs in a row that must show it: targets swing while the centre follows them, and a few batches show it
-CLEARED = 2.0  # times its limit a figure must be for an alarm to be over
-FEW = 8  # pictures of a probe; fewer fall on one prototype, or span two dimensions, by chance
+PATIENCE = 5  # rows in a row that must show it: targets swing while the center follows them, and single batches do, too
+CLEARED = 2.0  # an alarm is over when its figure is this many times its limit
+FEW = 8  # images of a probe; fewer fall on one prototype, or span two dimensions, by chance
 
-UNIFORM_NATS = 0.05  # from ln K: untrained networks are 0.2 and more below it, those with even targets 0.01
-ONE_POINT_NATS = 0.1  # from the entropy 0 of a single prototype: 98 of 100 pictures have the same one
+UNIFORM_NATS = 0.05  # from ln K: untrained networks are 0.2 and more below it, those with uniform targets 0.01
+ONE_POINT_NATS = 0.1  # from the entropy 0 of a single prototype: 98 of 100 images have the same one
 FEATURE_RANK = 2.0  # equal features have 1, with bfloat16's rounding up to 1.4; runs that learn have 4 and more
 FEATURE_STD = 0.02  # equal features have 0, with bfloat16's rounding 0.003; runs that learn have 0.2 and more
-CENTER_SIZE = 1.0  # of the centre's entries, the root of their mean square: that of mean cosines is smaller
+CENTER_SIZE = 1.0  # root mean square of the center's entries; it is smaller for mean cosines
 
 _UNIFORM, _ONE_POINT, _DIMENSIONS, _CENTER = (
-    "uniform collapse", "one-point collapse", "dimensional collapse", "growing centre",
+    "uniform collapse", "one-point collapse", "dimensional collapse", "growing center",
 )  # fmt: skip
 _FREEZE = "freeze the last layer longer with --optim.freeze_last_layer_epochs"
 REMEDIES = {
-    _UNIFORM: f"lower --loss.teacher_temp and --loss.warmup_teacher_temp, or {_FREEZE}",
-    _ONE_POINT: "raise --loss.teacher_temp and --loss.warmup_teacher_temp; --loss.center_momentum must be below 1",
-    _DIMENSIONS: f"lower --optim.lr, raise --optim.ema_momentum if batches are small, or {_FREEZE}",
-    _CENTER: "keep the prototypes' lengths at 1 with --head.norm_last_layer true, or lower --optim.lr",
+    _UNIFORM: f"Lower --loss.teacher_temp and --loss.warmup_teacher_temp, or {_FREEZE}",
+    _ONE_POINT: "Raise --loss.teacher_temp and --loss.warmup_teacher_temp; --loss.center_momentum must be below 1",
+    _DIMENSIONS: f"Lower --optim.lr, raise --optim.ema_momentum if batches are small, or {_FREEZE}",
+    _CENTER: "Keep the prototypes' lengths at 1 with --head.norm_last_layer true, or lower --optim.lr",
 }
-GO_ON = "go on from here with --accept_changes true, or begin anew in another --output"
+CONTINUE = "Continue from here with --accept_changes true, or start again in another --output."
 
 
-class Alarms:
-    """Judges the rows that a run logs: a line for each kind of trouble, once until it is over.
+class CollapseAlarms:
+    """Looks at the rows that a run logs, and gives one message for each kind of collapse until it is over.
 
-    It takes `PATIENCE` logs in a row within a kind's limit, and is over at `CLEARED` times that. A figure that is
-    absent, None or NaN changes nothing.
+    An alarm takes `PATIENCE` rows in a row within a kind's limit, and is over at `CLEARED` times that limit. A figure
+    that is absent, None or NaN changes nothing.
     """
 
     def __init__(
         self,
         prototypes: int,
-        pictures: int = PICTURES,
+        images: int = IMAGES,
         *,
         beginning_epochs: int = BEGINNING_EPOCHS,
         beginning_steps: int = BEGINNING_STEPS,
     ) -> None:
-        """prototypes: K; pictures: how many a probe sees, at most `PICTURES`."""
-        self._prototypes, self._pictures = prototypes, pictures
+        """prototypes: K; images: how many a rank has in a step."""
+        self._prototypes, self._images = prototypes, min(images, IMAGES)
         self._epochs, self._steps = beginning_epochs, beginning_steps
-        self._logs = dict.fromkeys(REMEDIES, 0)  # in a row that show it
+        self._rows = dict.fromkeys(REMEDIES, 0)  # in a row that show it
 
     def check(self, row: Mapping[str, Any]) -> list[str]:
-        """The lines to say about a row of `step` and `epoch`, from 0, `loss`, `teacher_entropy` and the figures of
-        `Probe`, each with its remedy."""
+        """Return the messages about a row, each with its remedy."""
         figures = defaultdict(lambda: math.nan, {name: value for name, value in row.items() if value is not None})
         if figures["step"] < self._steps or figures["epoch"] < self._epochs:
             return []
-        if self._pictures < FEW:
+        if self._images < FEW:
             figures |= dict.fromkeys(("target_kl", "feature_rank", "feature_std"), math.nan)
-        found = [sign(figures, self._prototypes) for sign in (_uniform, _one_point, _dimensions, _center)]
+        signs = [find(figures, self._prototypes) for find in (_uniform, _one_point, _dimensions, _center)]
         return [
-            f"{sign.kind} at step {figures['step']:.0f}: {sign.finding}: {REMEDIES[sign.kind]}; {GO_ON}"
-            for sign in found
+            f"{sign.kind} at step {figures['step']:.0f}: {sign.finding}. {REMEDIES[sign.kind]}. {CONTINUE}"
+            for sign in signs
             if self._is_new(sign.kind, sign.distance)
         ]
 
     def _is_new(self, kind: str, distance: float) -> bool:
-        """Count a log; whether it is the one to speak at. What is compared with NaN is false, and changes nothing."""
+        """Count a row, and return whether it raises the alarm. A distance of NaN changes nothing."""
         if distance <= 1:
-            self._logs[kind] += 1
-            return self._logs[kind] == PATIENCE
-        if distance >= CLEARED or (distance > 1 and self._logs[kind] < PATIENCE):
-            self._logs[kind] = 0
+            self._rows[kind] += 1
+            return self._rows[kind] == PATIENCE
+        if distance >= CLEARED or (distance > 1 and self._rows[kind] < PATIENCE):
+            self._rows[kind] = 0
         return False
 
 
 class _Sign(NamedTuple):
-    """What a row says of one kind of trouble."""
+    """What a row says of one kind of collapse."""
 
     kind: str
+    """name of the kind"""
     distance: float
-    """from it, in limits: up to 1 is trouble; NaN is not known"""
+    """distance from the collapse in limits: up to 1 is trouble, NaN is not known"""
     finding: str
     """the figures and what they mean"""
 
 
 def _uniform(row: Mapping[str, float], prototypes: int) -> _Sign:
-    """Both figures, because the loss of a run that begins well stays at ln K for a while, or passes it."""
+    """Look at both figures, because the loss of a run that starts well stays at ln K for a while, or passes it."""
     entropy, loss, even = row["teacher_entropy"], row["loss"], math.log(prototypes)
     return _Sign(
         _UNIFORM,
@@ -190,7 +200,7 @@ def _one_point(row: Mapping[str, float], prototypes: int) -> _Sign:
     return _Sign(
         _ONE_POINT,
         _largest(entropy, even - kl) / ONE_POINT_NATS,
-        f"teacher_entropy {entropy:.3f} is at 0 and target_kl {kl:.3f} at ln K = {even:.3f}, so every picture's target "
+        f"teacher_entropy {entropy:.3f} is at 0 and target_kl {kl:.3f} at ln K = {even:.3f}, so every image's target "
         "is the same prototype",
     )
 
@@ -201,7 +211,7 @@ def _dimensions(row: Mapping[str, float], _prototypes: int) -> _Sign:
         _DIMENSIONS,
         _smallest(rank / FEATURE_RANK, std / FEATURE_STD),
         f"feature_rank {rank:.2f} (at least 1) and feature_std {std:.4f} (at least 0) say that the features of "
-        "different pictures are nearly the same, or lie on a line",
+        "different images are nearly the same, or lie on a line",
     )
 
 
@@ -210,16 +220,16 @@ def _center(row: Mapping[str, float], prototypes: int) -> _Sign:
     return _Sign(
         _CENTER,
         CENTER_SIZE / size if size else math.inf,
-        f"center_norm {row['center_norm']:.1f} is {size:.2f} times √K, which a centre of cosines cannot exceed, so the "
+        f"center_norm {row['center_norm']:.1f} is {size:.2f} times √K, which a center of cosines cannot exceed, so the "
         "logits are growing",
     )
 
 
 def _largest(*values: float) -> float:
-    """NaN if one is: it takes all to tell."""
+    """Return the largest value, or NaN if one is NaN: all are needed."""
     return math.nan if any(map(math.isnan, values)) else max(values)
 
 
 def _smallest(*values: float) -> float:
-    """Of those that are not NaN: one is enough to tell."""
+    """Return the smallest value that is not NaN: one is enough."""
     return min((value for value in values if not math.isnan(value)), default=math.nan)

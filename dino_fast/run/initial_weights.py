@@ -1,6 +1,6 @@
-"""The weights that a fresh run starts from: another run's checkpoint, or a file in the layout of the published code.
+"""The weights that a new run starts from: another run's checkpoint, or a file in the layout of the published code.
 
-All of a file is read and checked before the first value is copied: one that does not fit changes nothing.
+A file is read and checked as a whole before the first value is copied. One that does not fit changes nothing.
 """
 
 import re
@@ -15,18 +15,18 @@ from dino_fast import checkpoint
 from dino_fast.model.backbones import BACKBONES, build_backbone
 from dino_fast.step.train_step import TrainStep
 from shards.errors import UserError
-from shards.inspect.info import shortened
+from shards.text import shorten
 
 Shapes = dict[str, list[int]]
 
-_EXPECTED = "pass a checkpoint or a run's folder, a .pth file of facebookresearch/dino, or a ResNet's state dict"
-_COUNT = ".num_batches_tracked"  # older files lack it, and a batch norm with a fixed momentum does without
-_CLASSIFIER = ("backbone.fc.weight", "backbone.fc.bias")  # of torchvision's own files
+_EXPECTED = "Pass a checkpoint or a run's folder, a .pth file of facebookresearch/dino, or a ResNet's state dict."
+_COUNT = ".num_batches_tracked"  # older files lack it, and a batch norm with a fixed momentum does not need it
+_CLASSIFIER = ("backbone.fc.weight", "backbone.fc.bias")  # in torchvision's own files
 _WEIGHT, _LENGTHS, _DIRECTIONS = (f"head.last_layer.{name}" for name in ("weight", "weight_g", "weight_v"))
 
 
-class _Unread:
-    """Stands for what full checkpoints of the published code hold beside tensors, and drops it."""
+class _Ignored:
+    """Stands for the objects that full checkpoints of the published code hold beside tensors, and drops them."""
 
     def __init__(self, *_: object) -> None:
         pass
@@ -35,10 +35,10 @@ class _Unread:
         pass
 
 
-# The run's arguments, among them its folder; and the learning rate, which the optimizer keeps as a numpy scalar. Where
-# the file asks for one of these, torch.load calls the stand-in: allowing them brings nothing to life, not even them.
+# The run's arguments with its folder, and the learning rate, which the optimizer keeps as a numpy scalar. Where a file
+# asks for one of these classes, torch.load calls the stand-in. So allowing them executes nothing.
 _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Unread, name)
+    (_Ignored, name)
     for name in (
         "argparse.Namespace", "pathlib.PosixPath", "pathlib._local.PosixPath", "numpy.dtype",
         "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar",
@@ -46,45 +46,49 @@ _STAND_INS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
 ]  # fmt: skip
 
 
-class _Found(NamedTuple):
-    """What a file holds: tensors by our names."""
+class _FileWeights(NamedTuple):
+    """The weights of a file by our names."""
 
     student: dict[str, Tensor]
-    teacher: dict[str, Tensor]  # the student itself where the file has one network
+    """weights by name"""
+    teacher: dict[str, Tensor]
+    """weights by name; the student's own dict where the file has one network"""
     center: Tensor | None
-    left_out: list[str]
+    """[1, K]"""
+    ignored: list[str]
+    """names of the weights that have no place here"""
 
     @property
     def has_head(self) -> bool:
         return any(name.startswith("head.") for name in (*self.student, *self.teacher))
 
 
-def initialise(step: TrainStep, path: Path) -> list[str]:
-    """Put the weights of another run into `step`; its optimizer stays as it is. Returns lines that tell what was taken.
+def load_initial_weights(step: TrainStep, path: Path) -> list[str]:
+    """Load the weights of another run into `step`, whose optimizer stays as it is. Returns lines to print.
 
     path: a checkpoint of dino-fast or the folder of its run; a .pth file of facebookresearch/dino, full or of a
-    backbone alone; or a state dict of torchvision's ResNets, whose classifier is left out. Where there is no head in
-    it, that of `step` stays. Raises UserError for a file that is damaged, that does not fit
-    (with the keys, and the settings that would do), or whose weights are not finite; `step` is then as it was.
+    backbone alone; or a state dict of torchvision's ResNets, whose classifier is ignored. Where the file has no head,
+    that of `step` stays. Raises UserError for a file that is damaged, that does not fit (with the names, and the
+    settings that would fit), or whose weights are not finite. `step` is then as it was.
     """
     state, lines = _read(path)
-    found = _found(path, state)
-    copies = _copies(path, step, found)  # raises
+    found = _find_weights(path, state)
+    pairs = _match_all(path, step, found)  # raises
     with torch.no_grad():
-        for own, value in copies:
+        for own, value in pairs:
             own.copy_(value)
-    step.update.loaded()
-    return [*lines, *_told(path, found), *_lengths_told(step)]
+    step.update.after_load()
+    return [*lines, *_describe(path, found), *_warn_of_lengths(step)]
 
 
 def _read(path: Path) -> tuple[Any, list[str]]:
-    """What the file holds, on the CPU, and what to tell about it."""
+    """Return what the file holds, on the CPU, and lines to print."""
     if path.is_dir():
         newest = checkpoint.load_newest(path)
         if newest is None:
-            raise UserError(f"{path}: no checkpoint in this folder; {_EXPECTED}")
+            raise UserError(f"{path}: no checkpoint in this folder. {_EXPECTED}")
         state, damaged = newest
-        return state, [f"{file} is damaged: the checkpoint before is used" for file in damaged]
+        return state, [f"{file} is damaged: the checkpoint before it is used" for file in damaged]
     if path.match("step-*.pt"):
         return checkpoint.load(path), []
     state = _load(path)
@@ -92,61 +96,63 @@ def _read(path: Path) -> tuple[Any, list[str]]:
 
 
 def _load(path: Path) -> Any:
-    """What another program has saved: tensors and plain data. Nothing in the file is executed."""
+    """Load tensors and plain data that another program has saved. Nothing in the file is executed."""
     try:
         with torch.serialization.safe_globals(_STAND_INS):
             return torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, PermissionError) as error:
-        raise UserError(f"{path}: {error.strerror}; {_EXPECTED}") from error
+        raise UserError(f"{path}: {error.strerror}. {_EXPECTED}") from error
     except Exception as error:  # torch's reader raises nearly anything on foreign bytes
         if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
             what = f"{path} holds {asked[1]}, which is neither a tensor nor plain data, and was not executed"
-            raise UserError(f"{what}; {_EXPECTED}") from error
-        raise UserError(f"{path} is damaged, or no file of weights; {_EXPECTED}") from error
+            raise UserError(f"{what}. {_EXPECTED}") from error
+        raise UserError(f"{path} is damaged, or not a file of weights. {_EXPECTED}") from error
 
 
-def _found(path: Path, state: Any) -> _Found:
-    """The networks and the centre, in whichever layout. Raises UserError where there are none."""
+def _find_weights(path: Path, state: Any) -> _FileWeights:
+    """Find the networks and the center, in any layout. Raises UserError where there are none."""
     parts = state["model"] if isinstance(state, dict) and "format" in state else state
     if not isinstance(parts, dict):
-        raise UserError(f"{path} holds no weights; {_EXPECTED}")
-    networks = [_named(path, parts[name]) for name in ("student", "teacher") if name in parts]
-    networks = networks or [_named(path, parts)]
-    left_out = {name for network in networks for name in _CLASSIFIER if network.pop(name, None) is not None}
+        raise UserError(f"{path} holds no weights. {_EXPECTED}")
+    networks = [_rename(path, parts[name]) for name in ("student", "teacher") if name in parts]
+    networks = networks or [_rename(path, parts)]
+    ignored = {name for network in networks for name in _CLASSIFIER if network.pop(name, None) is not None}
     loss = parts.get("dino_loss")
     center = parts.get("center", loss.get("center") if isinstance(loss, dict) else None)
     if center is not None and not _is_plain(center):
-        raise UserError(f"{path}: its centre is no tensor of numbers; {_EXPECTED}")
-    found = _Found(networks[0], networks[-1], center, sorted(left_out))
+        raise UserError(f"{path}: its center is not a tensor of numbers. {_EXPECTED}")
+    found = _FileWeights(networks[0], networks[-1], center, sorted(ignored))
     return found if found.has_head else found._replace(center=None)
 
 
-def _named(path: Path, weights: Any) -> dict[str, Tensor]:
-    """A network's weights by our names, which are the published ones without what wrappers have put before them."""
+def _rename(path: Path, weights: Any) -> dict[str, Tensor]:
+    """Return a network's weights by our names: the published ones without the prefixes of wrappers."""
     if not isinstance(weights, dict) or not any(isinstance(value, Tensor) for value in weights.values()):
         keys = f" under {_few([str(key) for key in weights])}" if isinstance(weights, dict) and weights else ""
-        raise UserError(f"{path} holds no weights{keys}; {_EXPECTED}")
+        raise UserError(f"{path} holds no weights{keys}. {_EXPECTED}")
     named: dict[str, Tensor] = {}
     for key, value in weights.items():
         name = re.sub(r"^((module|backbone)\.)+", "", str(key))
         if not _is_plain(value):
-            raise UserError(f"{path}: {_few([name])} is no tensor of numbers; {_EXPECTED}")
+            raise UserError(f"{path}: {_few([name])} is not a tensor of numbers. {_EXPECTED}")
         named[name if name.startswith("head.") else f"backbone.{name}"] = value
     if "backbone.cls_token" in named:
-        raise UserError(f"{path} holds a vision transformer; pass a file of a ResNet ({', '.join(BACKBONES)})")
-    return _with_lengths(named)
+        raise UserError(f"{path} holds a vision transformer. Pass a file of a ResNet ({', '.join(BACKBONES)}).")
+    return _split_last_layer(named)
 
 
 def _is_plain(value: Any) -> bool:
-    """Whether it is a tensor whose every value is there, and a real number."""
+    """Return whether `value` is a dense tensor of real numbers."""
     if not isinstance(value, Tensor) or value.is_meta or value.is_quantized or value.is_complex():
         return False
     return value.layout == torch.strided
 
 
-def _with_lengths(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The last layer's W as lengths and directions: released heads, the ResNet-50's too, hold W itself (issue 189 of
-    facebookresearch/dino)."""
+def _split_last_layer(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Split the last layer's W into lengths and directions.
+
+    Released heads, also the ResNet-50's, hold W itself (issue 189 of facebookresearch/dino).
+    """
     if _WEIGHT in weights and weights[_WEIGHT].ndim == 2:
         rows = weights.pop(_WEIGHT)
         lengths = rows.to(torch.promote_types(rows.dtype, torch.float32)).norm(dim=1, keepdim=True)
@@ -154,24 +160,24 @@ def _with_lengths(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return weights
 
 
-def _copies(path: Path, step: TrainStep, found: _Found) -> list[tuple[Tensor, Tensor]]:
-    """Each tensor of `step` that the file has a value for, with that value. Raises UserError unless all fit."""
+def _match_all(path: Path, step: TrainStep, found: _FileWeights) -> list[tuple[Tensor, Tensor]]:
+    """Return each tensor of `step` that the file has a value for, with that value. Raises UserError unless all fit."""
     student, teacher = (
         {name: own for name, own in network.state_dict().items() if found.has_head or name.startswith("backbone.")}
         for network in (step.bare_student, step.teacher)
     )
     one = found.student is found.teacher
-    copies = [
-        *_fitting(f"{path}: its {'network' if one else 'student'}", student, found.student),
-        *_fitting(f"{path}: its {'network' if one else 'teacher'}", teacher, found.teacher),
+    pairs = [
+        *_match(f"{path}: its {'network' if one else 'student'}", student, found.student),
+        *_match(f"{path}: its {'network' if one else 'teacher'}", teacher, found.teacher),
     ]
     if found.center is not None:
-        copies += _fitting(f"{path}: its centre", {"center": step.center}, {"center": found.center})
-    return copies
+        pairs += _match(f"{path}: its center", {"center": step.center}, {"center": found.center})
+    return pairs
 
 
-def _fitting(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Our tensors with the given values in our types. Raises UserError unless all fit and are finite."""
+def _match(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Return our tensors with the given values in our types. Raises UserError unless all fit and are finite."""
     ours, theirs = _shapes(own), _shapes(given)
     problems = {
         "missing": [name for name in ours if name not in theirs],
@@ -184,14 +190,14 @@ def _fitting(what: str, own: Mapping[str, Tensor], given: Mapping[str, Tensor]) 
     }
     if any(problems.values()):
         keys = ", ".join(f"{len(names)} {kind} ({_few(names)})" for kind, names in problems.items() if names)
-        raise UserError(f"{what} does not fit this run: {keys}; {_mend(ours, theirs)}")
+        raise UserError(f"{what} does not fit this run: {keys}. {_suggest_settings(ours, theirs)}")
     pairs = {
         name: (value, given[name].to(value.dtype))
         for name, value in own.items()
         if name in given and given[name].shape == value.shape  # a count may be anything
     }
     if broken := [name for name, (_, value) in pairs.items() if not value.isfinite().all()]:
-        raise UserError(f"{what} has values that are not finite, in {len(broken)} keys ({_few(broken)}); {_EXPECTED}")
+        raise UserError(f"{what} has values that are not finite, in {len(broken)} keys ({_few(broken)}). {_EXPECTED}")
     return list(pairs.values())
 
 
@@ -199,17 +205,17 @@ def _shapes(weights: Mapping[str, Tensor]) -> Shapes:
     return {name: list(value.shape) for name, value in weights.items() if not name.endswith(_COUNT)}
 
 
-def _mend(ours: Shapes, theirs: Shapes) -> str:
-    """The settings with which the file would fit, as far as it tells."""
-    has, wanted = _settings(ours), _settings(theirs)
+def _suggest_settings(ours: Shapes, theirs: Shapes) -> str:
+    """Return the settings with which the file would fit, as far as it tells them."""
+    has, wanted = _infer_settings(ours), _infer_settings(theirs)
     if "backbone" not in wanted:
-        return f"its backbone is none of {', '.join(BACKBONES)}, or not whole: pass another file"
+        return f"Its backbone is none of {', '.join(BACKBONES)}, or not complete. Pass another file."
     flags = [f"--{name} {value}" for name, value in wanted.items() if value != has.get(name)]
-    return f"pass {' '.join(flags)}" if flags else "pass another file"
+    return f"Pass {' '.join(flags)}." if flags else "Pass another file."
 
 
-def _settings(shapes: Shapes) -> dict[str, str]:
-    """The settings of a network with weights of these shapes; those that can be told."""
+def _infer_settings(shapes: Shapes) -> dict[str, str]:
+    """Return the settings of a network with weights of these shapes, as far as shapes tell them."""
     backbone = {name: shape for name, shape in shapes.items() if name.startswith("backbone.")}
     settings: dict[str, Any] = {"backbone": name for name in BACKBONES if backbone == _backbone_shapes(name)}  # noqa: B035
     layers = sorted((name for name in shapes if re.fullmatch(r"head\.mlp\.(\d+\.)?weight", name)), key=_number)
@@ -226,7 +232,7 @@ def _settings(shapes: Shapes) -> dict[str, str]:
 
 
 def _number(name: str) -> int:
-    """The number of a layer; 0 where it is the only one."""
+    """Return the number of a layer, 0 where it is the only one."""
     return int("0" + "".join(re.findall(r"\d", name)))
 
 
@@ -236,27 +242,27 @@ def _backbone_shapes(name: str) -> Shapes:
     return {f"backbone.{name}": shape for name, shape in _shapes(network.state_dict()).items()}
 
 
-def _told(path: Path, found: _Found) -> list[str]:
-    """What was taken, and what was not."""
-    parts = {"backbone": True, "head": found.has_head, "centre": found.center is not None}
-    taken = " and ".join(part for part, is_there in parts.items() if is_there)
-    fresh = ", ".join([*(part for part, is_there in parts.items() if not is_there), "optimizer", "step count"])
+def _describe(path: Path, found: _FileWeights) -> list[str]:
+    """Return lines that say what was loaded, and what was not."""
+    parts = {"backbone": True, "head": found.has_head, "center": found.center is not None}
+    loaded = " and ".join(part for part, is_there in parts.items() if is_there)
+    new = ", ".join([*(part for part, is_there in parts.items() if not is_there), "optimizer", "step count"])
     whose = "one network for student and teacher" if found.student is found.teacher else "student and teacher"
-    lines = [f"started from {path}: {taken} of {whose}; fresh: {fresh}"]
-    if found.left_out:
-        lines.append(f"left out of {path}: {', '.join(name.removeprefix('backbone.') for name in found.left_out)}")
+    lines = [f"started from {path}: {loaded} of {whose}. New: {new}."]
+    if found.ignored:
+        lines.append(f"ignored in {path}: {', '.join(name.removeprefix('backbone.') for name in found.ignored)}")
     return lines
 
 
-def _lengths_told(step: TrainStep) -> list[str]:
-    """A word where prototypes are not of length 1 in a run that does not learn lengths."""
+def _warn_of_lengths(step: TrainStep) -> list[str]:
+    """Return a warning where prototypes are not of length 1 in a run that does not learn lengths."""
     lengths = step.bare_student.head.last_layer.weight_g
     least, most = (value.item() for value in lengths.detach().aminmax())
     if lengths.requires_grad or max(1 - least, most - 1) < 1e-3:
         return []
-    return [f"its prototypes stay {least:.3g} to {most:.3g} long: --head.norm_last_layer false would learn lengths"]
+    return [f"Its prototypes stay {least:.3g} to {most:.3g} long. --head.norm_last_layer false would learn lengths."]
 
 
 def _few(names: Sequence[str]) -> str:
-    """The first three, as a terminal can bear them: they are a stranger's."""
-    return ", ".join(shortened(name, 80) for name in names[:3]) + (", …" if len(names) > 3 else "")
+    """Return the first three names, made safe for a terminal: they come from a stranger's file."""
+    return ", ".join(shorten(name, 80) for name in names[:3]) + (", …" if len(names) > 3 else "")

@@ -1,8 +1,4 @@
-"""Where the logged rows go: `metrics.jsonl`, TensorBoard events, and a W&B project.
-
-Each writer takes rows by `write`, forgets those of steps from some one on by `restart`, and ends by `close`. `write`
-raises OSError where the disk does not take a row; the next call tries again.
-"""
+"""Where the rows of the log go: `metrics.jsonl`, TensorBoard events, and a W&B project."""
 
 import contextlib
 import json
@@ -17,34 +13,45 @@ from shards.errors import UserError
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-Row = dict[str, Any]  # numbers, or None for a figure that there is not
+Row = dict[str, Any]  # numbers, or None for a figure that does not exist
 
-NOT_DRAWN = ("step", "time", "seconds", "paused_s")  # no curves of their own
-
-
-class Writer(Protocol):
-    def write(self, row: Row) -> None: ...
-    def restart(self, start: int) -> None: ...
-    def close(self) -> None: ...
+NOT_DRAWN = ("step", "time", "seconds", "paused_s")  # figures without a curve
 
 
-def writers(output: Path, start: int, wandb: str = "", settings: Mapping[str, Any] | None = None) -> list[Writer]:
-    """All of a run that goes on at step `start`; `wandb` is a W&B project, "" for none, to which `settings` are told.
-    Raises UserError, OSError."""
-    remote: list[Writer] = [Wandb(wandb, output, settings or {})] if wandb else []  # the one that may refuse
+class LogWriter(Protocol):
+    """A place where rows are written."""
+
+    def write(self, row: Row) -> None:
+        """Write a row. Raises OSError where the disk refuses it; the next call tries again."""
+
+    def restart(self, start: int) -> None:
+        """Forget the rows of steps from `start` on."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def open_log_writers(
+    output: Path, start: int, wandb: str = "", settings: Mapping[str, Any] | None = None
+) -> list[LogWriter]:
+    """Open all log writers of a run that goes on at step `start`.
+
+    wandb: a W&B project, "" for none, which shows `settings`. Raises UserError and OSError.
+    """
+    remote: list[LogWriter] = [Wandb(wandb, output, settings or {})] if wandb else []  # the one that may refuse
     return [*remote, JsonLines(output / "metrics.jsonl", start), TensorBoard(output / "tensorboard", start)]
 
 
 class JsonLines:
-    """A JSON object a line.
+    """Writes one JSON object a line.
 
-    What an interrupted run wrote about steps after its last checkpoint is taken out, since they are run again. Rows
-    that the disk does not take are kept until it does.
+    Rows that an interrupted run wrote about steps after its last checkpoint are removed, since these steps are run
+    again. Rows that the disk refuses are kept until it takes them.
     """
 
     def __init__(self, path: Path, start: int) -> None:
         self._path, self._unwritten = path, b""
-        self._file = _rewound(path, start)
+        self._file = _open_before(path, start)
 
     def write(self, row: Row) -> None:
         finite = {name: value if _is_finite(value) else None for name, value in row.items()}  # JSON has no NaN
@@ -54,21 +61,21 @@ class JsonLines:
     def restart(self, start: int) -> None:
         self.close()
         self._unwritten = b""
-        self._file = _rewound(self._path, start)
+        self._file = _open_before(self._path, start)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # which was told when they came
+        with contextlib.suppress(OSError):  # it was reported when they came
             self._flush()
         self._file.close()
 
     def _flush(self) -> None:
-        """By a file without a buffer, so that what a full disk took of a row is known."""
+        """Write to a file without a buffer, so that it is known how much of a row a full disk took."""
         while self._unwritten:
             self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
-def _rewound(path: Path, start: int) -> BinaryIO:
-    """Open a metrics file for appending, without its rows of steps from `start` on and a half-written last one."""
+def _open_before(path: Path, start: int) -> BinaryIO:
+    """Open a metrics file to append to. Remove its rows of steps from `start` on, and a half-written last one."""
     if path.exists():
         kept = [
             line + "\n"
@@ -82,7 +89,7 @@ def _rewound(path: Path, start: int) -> BinaryIO:
 
 
 def _step_in(line: str) -> float:
-    """The step of a row; after everything for one that was cut off, before everything for a line of somebody else's."""
+    """Return the step of a row: infinity for one that was cut off, −1 for a line that is not a row."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -91,7 +98,7 @@ def _step_in(line: str) -> float:
 
 
 class TensorBoard:
-    """Events that TensorBoard draws; those of steps from `start` on that are there already, it hides."""
+    """Writes events for TensorBoard, which hides those of steps from `start` on that are there already."""
 
     def __init__(self, folder: Path, start: int) -> None:
         self._folder = folder
@@ -108,7 +115,7 @@ class TensorBoard:
             for name, value in row.items():
                 if value is not None and name not in NOT_DRAWN:
                     self._board.add_scalar(name, value, row["step"])
-        except OSError:  # of its thread, which ended with it
+        except OSError:  # raised in its thread, which has ended with it
             self.close()
             raise
 
@@ -124,33 +131,33 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of a W&B project; all sittings of a run are one there, by an id kept in the output folder.
+    """Writes to a run of a W&B project. An id in the output folder makes all processes of a run one W&B run.
 
-    Rows are drawn over their step. What W&B has, it keeps: the steps that are run again after a rollback are there
-    twice.
+    Rows are drawn over their step. W&B cannot remove rows: steps that are run again after a rollback are there twice.
     """
 
     def __init__(self, project: str, output: Path, settings: Mapping[str, Any]) -> None:
-        """settings: of the run, plain data; W&B shows those of its last sitting.
+        """settings: those of the run as plain data; W&B shows the last process's.
 
-        Raises UserError where the package is missing, or W&B does not take the run.
+        Raises UserError where the package is missing, or W&B refuses the run.
         """
         try:
             from wandb import Error, Settings, init
         except ImportError as error:
             raise UserError(
-                f"--wandb {project}: the package is not installed: pip install -e '.[wandb]', or leave --wandb out"
+                f"--wandb {project}: the package wandb is not installed. Run pip install -e '.[wandb]', or leave "
+                "--wandb out."
             ) from error
         kept = output / "wandb-id.txt"
         known = kept.read_text().strip() if kept.exists() else None
-        quiet = Settings(console="off")  # it would read along all that the bar draws
+        quiet = Settings(console="off")  # it would record all that the bar draws
         try:
             self._run = init(project=project, dir=str(output), id=known, resume="allow", settings=quiet)
             self._run.config.update(dict(settings), allow_val_change=True)
         except Error as error:
             why = " ".join(str(error).split()).rstrip(".")
             raise UserError(
-                f"--wandb {project}: {why}; log in, set WANDB_MODE=offline, or leave --wandb out"
+                f"--wandb {project}: {why}. Log in, set WANDB_MODE=offline, or leave --wandb out."
             ) from error
         kept.write_text(self._run.id + "\n")
         self._run.define_metric("*", step_metric="step")
@@ -158,11 +165,11 @@ class Wandb:
     def write(self, row: Row) -> None:
         try:
             self._run.log({name: value for name, value in row.items() if value is not None})
-        except Exception as error:  # whatever W&B raises, it must not end a run
+        except Exception as error:  # no error of W&B may end a run
             raise OSError(f"W&B: {error}") from error
 
     def restart(self, start: int) -> None:
-        """Nothing that W&B could do."""
+        """Do nothing: W&B cannot forget rows."""
 
     def close(self) -> None:
         try:

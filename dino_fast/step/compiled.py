@@ -1,4 +1,4 @@
-"""torch.compile for the backbones: one static graph a resolution, and word of it where there is no compiler."""
+"""torch.compile for the backbones: one static graph for each resolution."""
 
 import torch
 
@@ -6,17 +6,17 @@ from dino_fast.step.train_step import TrainStep
 
 
 def compile_backbones(step: TrainStep, backend: str = "inductor") -> None:
-    """Let both backbones be compiled when they first see a resolution.
+    """Compile both backbones when they first see a resolution.
 
-    Static graphs: a dynamic one for several sizes would lose the channels-last layout. The loss and the head stay as
-    they are: theirs are few and large operations.
+    The graphs are static: a dynamic one for several sizes would lose the channels-last layout. The loss and the head
+    are not compiled, since they are few and large operations.
     """
     for network in (step.bare_student, step.teacher):
         network.backbone.compile(dynamic=False, backend=backend)
 
 
-def why_not(device: torch.device) -> str | None:
-    """Why nothing can be compiled for this device here, in one line; None where it can. Tries it, in seconds."""
+def find_compile_problem(device: torch.device) -> str | None:
+    """Return in one line why nothing can be compiled for this device here, or None where it works. Takes seconds."""
     try:
         torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing: a C++ compiler, Triton, Python's headers

@@ -1,4 +1,4 @@
-"""Optimizers, gradient clipping and the teacher's moving average, with the published code's semantics.
+"""Optimizers, gradient clipping and the EMA teacher, with the semantics of the published code.
 
 facebookresearch/dino `utils.py` (`get_params_groups`, `clip_gradients`, `LARS`) and `main_dino.py`. Everything works on
 lists of tensors and none of it reads the device from the host.
@@ -18,33 +18,33 @@ from dino_fast.durations import Duration
 
 @dataclass(frozen=True)
 class OptimRecipe:
-    """The optimizer, its schedules and the teacher's moving average."""
+    """The optimizer, its schedules and the EMA teacher."""
 
     name: Literal["sgd", "adamw", "lars"] = "sgd"
     """update rule; sgd and lars have momentum 0.9"""
     lr: Annotated[float, Ge(0)] = 0.03
-    """peak learning rate for a global batch of 256 images; scaled linearly to the batch in use"""
+    """peak learning rate for a global batch of 256 images; it is scaled linearly to the batch in use"""
     min_lr: Annotated[float, Ge(0)] = 1e-6
-    """learning rate that the cosine ends at; not scaled"""
+    """learning rate at the end of the cosine; it is not scaled"""
     warmup_epochs: Duration = 10
-    """how long the learning rate rises from 0 to its peak"""
+    """length of the warm-up, in which the learning rate rises from 0 to its peak"""
     weight_decay: Annotated[float, Ge(0)] = 1e-4
-    """weight decay at the first step; biases and norms are always spared"""
+    """weight decay at the first step; biases and norms never have any"""
     weight_decay_end: Annotated[float, Ge(0)] = 1e-4
-    """weight decay that its cosine ends at"""
+    """weight decay at the end of its cosine"""
     clip_grad: Annotated[float, Ge(0)] = 3.0
-    """largest gradient norm of each parameter tensor; 0 does not clip"""
+    """largest gradient norm of each parameter tensor by itself; 0 does not clip"""
     freeze_last_layer_epochs: Duration = 1
-    """how long the head's last layer is not trained at the start"""
+    """length of the start, in which the head's last layer is not trained"""
     ema_momentum: Annotated[float, Ge(0), Le(1)] = 0.996
-    """share of itself that the teacher keeps at the first step; rises to 1 along a cosine"""
+    """share of itself that the EMA teacher keeps at the first step; it rises to 1 along a cosine"""
 
 
 class LARS(Optimizer):
     """SGD with momentum whose update of each tensor is rescaled to `eta` times that tensor's norm (You et al. 2017).
 
-    Weight decay and the rescaling are for tensors that are not 1-D; a tensor whose norm, or whose update's norm, is
-    zero is not rescaled either. A tensor without a gradient is left alone: no decay, and its momentum stays.
+    Weight decay and the rescaling apply to tensors that are not 1-D. A tensor whose norm, or whose update's norm, is
+    zero is not rescaled. A tensor without a gradient is left alone: it has no decay, and its momentum stays.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ def _trust_ratios(params: list[Tensor], updates: list[Tensor], eta: float) -> li
 
 
 def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: those that weight decay works on, and biases and 1-D tensors."""
+    """Split the trainable parameters into two groups: those with weight decay, and biases and 1-D tensors."""
     decayed: list[Tensor] = []
     spared: list[Tensor] = []
     for name, param in model.named_parameters():
@@ -109,7 +109,7 @@ def parameter_groups(model: nn.Module) -> list[dict[str, Any]]:
 
 
 def build_optimizer(recipe: OptimRecipe, student: nn.Module) -> Optimizer:
-    """The recipe's optimizer over the student. Its rates are 0 until `set_hyper` gives it those of a step."""
+    """Build the recipe's optimizer over the student. Its rates are 0 until `set_hyper` gives it those of a step."""
     groups = parameter_groups(student)
     if recipe.name == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, foreach=True)
@@ -127,9 +127,10 @@ def set_hyper(optimizer: Optimizer, lr: float, weight_decay: float) -> None:
 
 @torch.no_grad()
 def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-    """Shrink, in place, each gradient that is longer than `max_norm` (0: none) to about that length, each by itself.
+    """Scale down, in place, each gradient whose norm is above `max_norm` to about that norm, each tensor by itself.
 
-    Returns their norms before that, [parameters] on their device, 0 where there is none. A model has at least one.
+    A `max_norm` of 0 clips nothing. Returns the norms before clipping, [parameters] on their device, 0 where a
+    parameter has no gradient. At least one must have a gradient.
     """
     found = [p.grad for p in parameters]
     grads = [grad for grad in found if grad is not None]
@@ -142,8 +143,8 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
-    """teacher · momentum + student · (1 − momentum), parameter by parameter; buffers stay each network's own."""
+def update_ema(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """Set each teacher parameter to teacher · momentum + student · (1 − momentum). Buffers stay as they are."""
     averages: list[Tensor] = list(teacher.parameters())
     latest: list[Tensor] = list(student.parameters())
     torch._foreach_lerp_(averages, latest, 1 - momentum)

@@ -1,1 +1,1 @@
-"""What an image's bytes are: structure, full decode, re-encoding, and whether it becomes a sample."""
+"""The bytes of an image: structure of JPEG, PNG and WebP, full decoding, re-encoding, and whether it is accepted."""

@@ -1,1 +1,1 @@
-"""What is in a shard folder: held against its index, described, drawn."""
+"""Look into a shard folder: check it against its index, describe it, draw samples."""

@@ -1,4 +1,4 @@
-"""Every byte and every picture of a shard folder held against its index and manifest."""
+"""Check every byte and every image of a shard folder against its index and manifest."""
 
 import dataclasses
 import json
@@ -12,217 +12,239 @@ from typing import NamedTuple
 import numpy as np
 
 from shards.errors import UserError
-from shards.images.decode import UndecodableError
-from shards.images.validate import Judge, condemn
+from shards.images.image_info import UndecodableError
+from shards.images.rules import ImageRules
 from shards.index import open_records
-from shards.layout import (
-    BLOCK,
-    TAR_END,
-    UNLABELLED,
-    Manifest,
-    Shard,
-    load_manifest,
-    member_bytes,
-    padding,
-    tar_header,
-)
-from shards.packing.workers import Tick, run_tasks
-from shards.storage.output import Folder, out_folder
-from shards.storage.sequential import SequentialReader
+from shards.layout import BLOCK, TAR_END, UNLABELED, count_member_bytes, make_padding, make_tar_header
+from shards.manifest import Manifest, Shard, load_manifest
+from shards.packing.workers import Tick, mark_as_timed_out, run_tasks
+from shards.storage.folders import Folder, open_folder
+from shards.storage.hashing import HashingReader
 
-_CHUNK = 1 << 20
-_DIFFERS = "sha256 differs from the manifest's"
+_CHUNK = 1 << 20  # bytes
+_HASH_DIFFERS = "sha256 differs from the manifest's"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What was looked at, and what is wrong with it: one line a problem."""
+    """What was checked, and what is wrong with it."""
 
-    pictures: int
+    images: int
+    """number of images, by the manifest"""
     shards: int
-    bytes: int  # of the shards, by the manifest
+    """number of shards, by the manifest"""
+    bytes: int
+    """bytes of the shards, by the manifest"""
     problems: tuple[str, ...]
+    """one line per problem"""
 
     def to_json(self) -> str:
-        """The report as JSON."""
+        """Return the report as JSON, with ``ok`` true where there is no problem."""
         return json.dumps({"ok": not self.problems, **dataclasses.asdict(self)}, indent=1) + "\n"
 
 
 class _Task(NamedTuple):
+    """One shard to check."""
+
     folder: Folder
+    """folder that it lies in"""
     shard: Shard
-    records: np.ndarray | None  # of this shard; None where there is no usable index
-    classes: int  # how many; 0: unlabelled
-    foreign: bool  # another maker's tar: only its pictures' bytes are known
-    judge: Judge
-    condemned: frozenset[int] = frozenset()  # places of samples that took too long
+    """the shard, by the manifest"""
+    records: np.ndarray | None
+    """[samples] of RECORD; None where there is no usable index"""
+    classes: int
+    """number of classes; 0: unlabeled"""
+    foreign: bool
+    """True for a tar of another program, of which only the bytes of the images are known"""
+    rules: ImageRules
+    """limits of the decoder"""
+    timed_out: frozenset[int] = frozenset()
+    """positions of samples that took too long"""
+
+
+class _Member(NamedTuple):
+    """The member of a tar that holds an image."""
+
+    key: str | None
+    """tar key; None where the header is damaged or was not written by make-shards"""
+    extension: str | None
+    """extension of its name; None as `key`"""
+    data: bytes
+    """the payload"""
 
 
 def check(
     path: str | os.PathLike[str], workers: int, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> Report:
-    """Verify hashes, tar structure, checksums, labels, sizes, and that every picture decodes.
+    """Check hashes, tar structure, checksums, labels and sizes, and that every image can be decoded.
 
-    `progress` hears (done, total) pictures. Raises UserError where there is no manifest to hold anything against.
+    `progress` is called with (images done, images in total). Raises UserError where there is no manifest to check
+    against.
     """
-    folder = out_folder(os.fspath(path))
+    folder = open_folder(os.fspath(path))
     manifest = load_manifest(folder)
-    problems = [*_table_problems(folder, manifest), *_unknown_files(folder, manifest)]
-    records: np.ndarray | None = None
-    try:
-        records = open_records(folder, manifest)
-    except UserError as error:
-        problems.append(f"{error} (shards are checked by their hashes alone)")
+    problems = [*_check_tables(folder, manifest), *_find_unknown_shards(folder, manifest)]
     starts = np.cumsum([0, *(shard.samples for shard in manifest.shards)])
-    if records is not None and not _grouped(records, starts):
-        problems.append(f"{folder}: the index does not number the samples shard by shard as the manifest counts them")
-        records = None
-
-    def task(number: int) -> _Task:
-        own = None if records is None else np.array(records[starts[number] : starts[number + 1]])
-        return _Task(folder, manifest.shards[number], own, len(manifest.classes), manifest.foreign, judge)
-
-    judge = Judge(
-        max_pixels=manifest.options.get("max_pixels", Judge.max_pixels),
-        picture_seconds=manifest.options.get("picture_seconds", Judge.picture_seconds),
+    records = _load_records(folder, manifest, starts, problems)
+    rules = ImageRules(
+        max_pixels=manifest.options.get("max_pixels", ImageRules.max_pixels),
+        image_seconds=manifest.options.get("image_seconds", ImageRules.image_seconds),
     )
+
+    def make_task(number: int) -> _Task:
+        own = None if records is None else np.array(records[starts[number] : starts[number + 1]])
+        return _Task(folder, manifest.shards[number], own, len(manifest.classes), manifest.foreign, rules)
+
     found = run_tasks(
-        check_shard,
-        task,
+        _check_shard,
+        make_task,
         len(manifest.shards),
         workers,
-        lambda pictures: progress(pictures, manifest.samples),
-        condemn,
+        lambda images: progress(images, manifest.samples),
+        mark_as_timed_out,
     )
     problems += [problem for shard in found for problem in shard]
     return Report(manifest.samples, len(manifest.shards), sum(s.bytes for s in manifest.shards), tuple(problems))
 
 
-def _table_problems(folder: Folder, manifest: Manifest) -> Iterator[str]:
+def _check_tables(folder: Folder, manifest: Manifest) -> Iterator[str]:
     for name, expected in sorted(manifest.tables.items()):
-        if (sha256 := folder.sha256(name)) != expected:
-            yield f"{name}: {'no such file' if sha256 is None else _DIFFERS}"
+        if (sha256 := folder.hash_file(name)) != expected:
+            yield f"{name}: {'no such file' if sha256 is None else _HASH_DIFFERS}"
 
 
-def _unknown_files(folder: Folder, manifest: Manifest) -> Iterator[str]:
+def _find_unknown_shards(folder: Folder, manifest: Manifest) -> Iterator[str]:
     known = {shard.file for shard in manifest.shards}
-    for name in sorted(folder.names()):
+    for name in sorted(folder.list_files()):
         if name.endswith(".tar") and name not in known:
-            yield f"{name}: a shard that the manifest does not know"
+            yield f"{name}: a tar that the manifest does not list"
 
 
-def _grouped(records: np.ndarray, starts: np.ndarray) -> bool:
-    """Whether records ``starts[k]:starts[k + 1]`` are those of shard k."""
+def _load_records(folder: Folder, manifest: Manifest, starts: np.ndarray, problems: list[str]) -> np.ndarray | None:
+    """Return the index, or None after adding to `problems` why it cannot be used."""
+    try:
+        records = open_records(folder, manifest)
+    except UserError as error:
+        problems.append(f"{error} (Without the index, only the hashes of the shards are checked.)")
+        return None
+    if not _is_in_shard_order(records, starts):
+        problems.append(f"{folder}: the index does not number the samples shard by shard, as the manifest counts them")
+        return None
+    return records
+
+
+def _is_in_shard_order(records: np.ndarray, starts: np.ndarray) -> bool:
+    """Return whether records ``starts[k]:starts[k + 1]`` are those of shard k."""
     expected = np.repeat(np.arange(len(starts) - 1), np.diff(starts))
     return bool(np.array_equal(records["shard"], expected))
 
 
-def check_shard(task: _Task, tick: Tick) -> list[str]:
-    """The problems of one shard. Runs in a worker."""
+def _check_shard(task: _Task, tick: Tick) -> list[str]:
+    """Return the problems of one shard. Runs in a worker."""
     name = task.shard.file
-    size = task.folder.size(name)
+    size = task.folder.get_size(name)
     if size is None:
         return [f"{name}: no such file"]
     try:
         with task.folder.open(name) as file:
-            return list(_shard_problems(task, SequentialReader(file), size, tick))
+            return list(_find_shard_problems(task, HashingReader(file), size, tick))
     except OSError as error:
         return [f"{name}: {error.strerror or error}"]
 
 
-def _shard_problems(task: _Task, reader: SequentialReader, size: int, tick: Tick) -> Iterator[str]:
+def _find_shard_problems(task: _Task, reader: HashingReader, size: int, tick: Tick) -> Iterator[str]:
     name = task.shard.file
     if size != task.shard.bytes:
-        yield f"{name}: {size} bytes where the manifest says {task.shard.bytes}"
+        yield f"{name}: the file has {size} bytes, the manifest says {task.shard.bytes}"
     if task.records is not None:
         for done, record in enumerate(task.records):
             tick(done)
-            where, problems = _sample_problems(task, reader, record, overran=done in task.condemned)
+            where, problems = _check_sample(task, reader, record, timed_out=done in task.timed_out)
             yield from (f"{where}: {problem}" for problem in problems)
         end = reader.position
         if not task.foreign and (not reader.skip_to(size) or size - end != len(TAR_END)):
-            yield f"{name}, offset {end}: something follows that the index does not know, or the end is missing"
-    while reader.take(_CHUNK):
+            yield f"{name}, offset {end}: the end of the tar is missing, or data follow that are not in the index"
+    while reader.read(_CHUNK):
         tick(task.shard.samples)
     tick(task.shard.samples)
     if reader.digest.hexdigest() != task.shard.sha256:
-        yield f"{name}: {_DIFFERS}"
+        yield f"{name}: {_HASH_DIFFERS}"
 
 
-def _sample_problems(task: _Task, reader: SequentialReader, record: np.void, *, overran: bool) -> tuple[str, list[str]]:
-    """Where the sample lies, and what is wrong with it."""
+def _check_sample(task: _Task, reader: HashingReader, record: np.void, *, timed_out: bool) -> tuple[str, list[str]]:
+    """Return where the sample lies, and what is wrong with it."""
     offset, label = int(record["offset"]), int(record["label"])
     where = f"{task.shard.file}, offset {offset}"
     problems: list[str] = []
     if task.foreign:
         reader.skip_to(offset)
-        key, extension, data = None, None, reader.take(int(record["size"]))
+        member = _Member(None, None, reader.read(int(record["size"])))
     else:
-        key, extension, data, problems = _member_problems(reader, record)
-        where = f"{task.shard.file}, key {key or '?'}, offset {offset}"
-    problems += _picture_problems(task, record, data, extension, overran=overran)
-    if label != UNLABELLED and not task.foreign:
-        problems += _label_problems(reader, label, key)
-    if not UNLABELLED <= label < task.classes:
-        problems.append(f"label {label} is none of {task.classes} classes")
+        member, problems = _read_member(reader, record)
+        where = f"{task.shard.file}, key {member.key or '?'}, offset {offset}"
+    problems += _check_image(task, record, member, timed_out=timed_out)
+    if label != UNLABELED and not task.foreign:
+        problems += _check_label(reader, label, member.key)
+    if not UNLABELED <= label < task.classes:
+        problems.append(f"label {label} is not one of {task.classes} classes")
     return where, problems
 
 
-def _member_problems(reader: SequentialReader, record: np.void) -> tuple[str | None, str | None, bytes, list[str]]:
-    """Key and extension of a member of ours, None where its header is damaged; its payload; what is wrong around it."""
+def _read_member(reader: HashingReader, record: np.void) -> tuple[_Member, list[str]]:
+    """Read a member that make-shards wrote. Return it, and what is wrong around its payload."""
     offset, size = int(record["offset"]), int(record["size"])
     problems = []
     if offset - BLOCK != reader.position:
-        problems.append(f"the index does not account for what the tar holds from offset {reader.position}")
+        problems.append(f"the tar holds data at offset {reader.position} that are not in the index")
         reader.skip_to(offset - BLOCK)
-    member = _member_name(reader.take(BLOCK), size)
-    data = reader.take(size)
-    if member is None:
-        problems.append("the tar header is damaged or not the one the index describes")
-    if reader.take(len(padding(size))) != padding(size):
-        problems.append("the padding after the picture is damaged")
-    if member is None:
-        return None, None, data, problems
-    key, _, extension = member.partition(".")
-    return key, extension, data, problems
+    name = _parse_name(reader.read(BLOCK), size)
+    data = reader.read(size)
+    if name is None:
+        problems.append("the tar header is damaged, or is not the one that the index describes")
+    if reader.read(len(make_padding(size))) != make_padding(size):
+        problems.append("the padding after the image is damaged")
+    if name is None:
+        return _Member(None, None, data), problems
+    key, _, extension = name.partition(".")
+    return _Member(key, extension, data), problems
 
 
-def _label_problems(reader: SequentialReader, label: int, key: str | None) -> list[str]:
-    """The member that holds the label; its name is held against `key` where that is known."""
+def _check_label(reader: HashingReader, label: int, key: str | None) -> list[str]:
+    """Check the member that holds the label, also against `key` where that is known."""
     text = str(label).encode()
-    header = reader.take(BLOCK)
-    name = _member_name(header, len(text)) or ""
-    rest = reader.take(member_bytes(len(text)) - BLOCK)
-    if name.endswith(".cls") and key in (None, name.removesuffix(".cls")) and rest == text + padding(len(text)):
+    header = reader.read(BLOCK)
+    name = _parse_name(header, len(text)) or ""
+    rest = reader.read(count_member_bytes(len(text)) - BLOCK)
+    is_right_name = name.endswith(".cls") and key in (None, name.removesuffix(".cls"))
+    if is_right_name and rest == text + make_padding(len(text)):
         return []
-    return [f"the label in the tar is not the index's ({label}), or its member is damaged"]
+    return [f"the label in the tar is not the one in the index ({label}), or its member is damaged"]
 
 
-def _member_name(header: bytes, size: int) -> str | None:
-    """The member's name where the header is byte for byte the one that packing writes for it."""
+def _parse_name(header: bytes, size: int) -> str | None:
+    """Return the member's name where the header is byte for byte the one that packing writes for it."""
     try:
         name = tarfile.TarInfo.frombuf(header, "ascii", "strict").name
-        return name if header == tar_header(name, size) else None
+        return name if header == make_tar_header(name, size) else None
     except (tarfile.HeaderError, UnicodeError):
         return None
 
 
-def _picture_problems(task: _Task, record: np.void, data: bytes, extension: str | None, *, overran: bool) -> list[str]:
-    if len(data) != record["size"]:
-        return [f"the file ends after {len(data)} of {record['size']} bytes"]
-    if zlib.crc32(data) != record["crc32"]:
-        return ["crc32 differs from the index: the picture's bytes are damaged"]
+def _check_image(task: _Task, record: np.void, member: _Member, *, timed_out: bool) -> list[str]:
+    if len(member.data) != record["size"]:
+        return [f"the file ends after {len(member.data)} of {record['size']} bytes"]
+    if zlib.crc32(member.data) != record["crc32"]:
+        return ["its crc32 differs from the index, so the image's bytes are damaged"]
     try:
-        task.judge.refuse(len(data), overran=overran)
-        picture = task.judge.picture(data)
+        task.rules.refuse_unread(len(member.data), timed_out=timed_out)
+        info = task.rules.validate(member.data)
     except UndecodableError as reason:
-        return [f"does not decode: {reason}"]
+        return [f"the image cannot be decoded ({reason})"]
     problems = []
-    if (picture.height, picture.width) != (record["height"], record["width"]):
+    if (info.height, info.width) != (record["height"], record["width"]):
         problems.append(
-            f"the picture is {picture.height} pixels high and {picture.width} wide where the index says "
-            f"{record['height']} and {record['width']}"
+            f"the image is {info.width} x {info.height} pixels, the index says {record['width']} x {record['height']}"
         )
-    if extension is not None and picture.extension != extension:
-        problems.append(f"the bytes are {picture.extension}, the name says {extension}")
+    if member.extension is not None and info.extension != member.extension:
+        problems.append(f"the bytes are {info.extension}, but the name says {member.extension}")
     return problems

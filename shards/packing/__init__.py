@@ -1,1 +1,1 @@
-"""Images into tar shards: the plan, one shard a task, their assembly."""
+"""Pack images into tar shards: the plan, one task per shard, then the index and the manifest."""

@@ -1,5 +1,7 @@
-"""Worker processes: given one task at a time, counted while they work, stopped within one picture, gone when their
-parent is, and killed by the kernel where a picture takes more CPU time than allowed.
+"""Worker processes that get one task at a time.
+
+They report their progress while they work, stop within one image, and end with their parent. The kernel kills a worker
+where an image takes more CPU time than allowed; a new worker then goes on with the task.
 """
 
 import contextlib
@@ -21,12 +23,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import numpy as np
 
 from shards.errors import UserError
+from shards.images import cpu_time
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
-Tick = Callable[[int], None]  # a worker says how many pictures of its task are done; raises StoppedError to stop it
-Progress = Callable[[int], None]  # the caller hears how many pictures of all tasks are done
-Overrun = Callable[[Task, int], Task]  # the task again, its picture at that place condemned
+Tick = Callable[[int], None]  # a worker reports how many images of its task are done; raises StoppedError to stop it
+Progress = Callable[[int], None]  # the caller hears how many images of all tasks are done
+OnTimeout = Callable[[Task, int], Task]  # returns the task to run instead, after its image at this position timed out
 
 _BEAT = 0.2  # seconds between two calls of `progress` at most
 _GRACE = 2.0  # seconds for a worker to end by itself, after which it is killed
@@ -38,47 +41,44 @@ class StoppedError(Exception):
 
 def run_tasks(
     function: Callable[[Task, Tick], Result],
-    task_of: Callable[[int], Task],
+    make_task: Callable[[int], Task],
     count: int,
     workers: int,
     progress: Progress,
-    overrun: Overrun[Task] | None = None,
+    on_timeout: OnTimeout[Task] | None = None,
 ) -> list[Result]:
-    """`function(task_of(number), tick)` for every number below `count` in `workers` processes; results in that order.
+    """Return ``function(make_task(number), tick)`` for every number below `count`, computed in `workers` processes.
 
-    `task_of` is called here, when a task is due. A worker that overran a `cpu_limit` is replaced, and its task run
-    again as `overrun(task, place)` gives it: `place` is what it last told `tick`. The first exception of a worker stops
-    the others and is raised here (RuntimeError with its traceback where it cannot be pickled); UserError where a worker
-    died of anything else.
+    `make_task` is called in this process, when a task is due. A worker that exceeded `cpu_time.limit_cpu_time` is
+    replaced, and its task is run again as ``on_timeout(task, position)`` returns it. The position is what the worker
+    last told `tick`. The first exception of a worker stops the others and is raised here, as RuntimeError with its
+    traceback where it cannot be pickled. Raises UserError where a worker died of anything else.
     """
-    crew = _Crew(function, count)
+    pool = _WorkerPool(function, count)
     try:
-        return _collect(crew, task_of, count, workers, progress, overrun)
+        return _collect_results(pool, make_task, count, workers, progress, on_timeout)
     finally:
-        crew.dismiss()
+        pool.stop()
 
 
-@contextlib.contextmanager
-def cpu_limit(seconds: float | None) -> Iterator[None]:
-    """In a worker: the kernel kills it where the block takes more CPU seconds, even within one call of a C library.
-
-    CPU time, so that a busy machine or a suspended run condemns nothing. None: no limit. Tell `tick` the place before.
-    """
-    signal.setitimer(signal.ITIMER_PROF, seconds or 0)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
+def mark_as_timed_out(task: Any, position: int) -> Any:
+    """Return a task whose image at this position is marked, so that it is not read again. For `on_timeout`."""
+    return task._replace(timed_out=task.timed_out | {position})
 
 
 class _Answer(NamedTuple):
+    """What a worker sends back."""
+
     result: Any
+    """result of the task"""
     error: Exception | None = None
-    trace: str = ""  # the error's, as text
+    """exception that the task raised"""
+    trace: str = ""
+    """traceback of that exception, as text"""
 
 
-class _Crew(Generic[Task]):
-    """The workers, each known by the parent's end of its pipe, and what they are at."""
+class _WorkerPool(Generic[Task]):
+    """The workers, each known by the parent's end of its pipe, and what they work on."""
 
     def __init__(self, function: Callable[[Task, Tick], Any], count: int) -> None:
         # "spawn": a forked child would inherit locks held by the caller's threads.
@@ -86,31 +86,33 @@ class _Crew(Generic[Task]):
         self._function = function
         self._processes: dict[Connection, SpawnProcess] = {}
         self.running: dict[Connection, tuple[int, Task]] = {}  # number and task
-        # Shared memory: pictures done, one slot a task; the last slot is the stop flag.
-        self.board: Any = self._context.RawArray("Q", count + 1)
+        # Shared memory: images done, one slot per task. The last slot is the stop flag.
+        self.shared_counts: Any = self._context.RawArray("Q", count + 1)
 
-    def hire(self) -> Connection:
-        """Start a worker; it need not be up when it is given a task."""
+    def start_worker(self) -> Connection:
+        """Start a worker. It can be given a task before it is up."""
         ours, theirs = self._context.Pipe()
-        with theirs, interrupts_deferred():  # only the worker holds its end: the pipe ends when the worker does
-            process = self._context.Process(target=_serve, args=(self._function, self.board, theirs), daemon=True)
+        with theirs, defer_interrupts():  # only the worker holds its end: the pipe ends when the worker does
+            process = self._context.Process(
+                target=_serve, args=(self._function, self.shared_counts, theirs), daemon=True
+            )
             process.start()
             self._processes[ours] = process
         return ours
 
-    def give(self, pipe: Connection, number: int, task: Task) -> None:
-        """Hand over a task."""
+    def send_task(self, pipe: Connection, number: int, task: Task) -> None:
+        """Give a worker a task."""
         self.running[pipe] = number, task
-        with contextlib.suppress(ConnectionError):  # it has died; `take` will find out
+        with contextlib.suppress(ConnectionError):  # it has died; `receive_answer` will find out
             pipe.send((number, task))
 
-    def ready(self, timeout: float) -> list[Connection]:
-        """The workers that have answered or died, as soon as there is one, or after `timeout` seconds."""
+    def wait_for_answers(self, timeout: float) -> list[Connection]:
+        """Return the workers that have answered or died, as soon as there is one, or after `timeout` seconds."""
         ready = multiprocessing.connection.wait(list(self.running), timeout)
         return [pipe for pipe in self.running if pipe in ready]
 
-    def take(self, pipe: Connection) -> tuple[int, Task, _Answer | None]:
-        """A task that a worker is through with, and the answer; None where the worker died."""
+    def receive_answer(self, pipe: Connection) -> tuple[int, Task, _Answer | None]:
+        """Return the number and task of a worker, and its answer, or None where the worker died."""
         number, task = self.running.pop(pipe)
         try:
             data = pipe.recv_bytes()
@@ -118,8 +120,8 @@ class _Crew(Generic[Task]):
             return number, task, None
         return number, task, pickle.loads(data)
 
-    def bury(self, pipe: Connection) -> int | None:
-        """The exit code of a worker that died: negative, the signal that killed it."""
+    def remove_dead_worker(self, pipe: Connection) -> int | None:
+        """Return the exit code of a worker that died: negative, the signal that killed it."""
         process = self._processes.pop(pipe)
         pipe.close()
         process.join()
@@ -127,9 +129,9 @@ class _Crew(Generic[Task]):
         process.close()
         return code
 
-    def dismiss(self) -> None:
-        """Stop and reap all workers."""
-        self.board[-1] = 1
+    def stop(self) -> None:
+        """Stop all workers and wait for their end."""
+        self.shared_counts[-1] = 1
         try:
             for pipe in self._processes:
                 pipe.close()  # ends those that wait for a task
@@ -143,49 +145,49 @@ class _Crew(Generic[Task]):
                 process.close()
 
 
-def _collect(
-    crew: _Crew[Task],
-    task_of: Callable[[int], Task],
+def _collect_results(
+    pool: _WorkerPool[Task],
+    make_task: Callable[[int], Task],
     count: int,
     workers: int,
     progress: Progress,
-    overrun: Overrun[Task] | None,
+    on_timeout: OnTimeout[Task] | None,
 ) -> list[Any]:
     """Keep all workers busy until all tasks are done."""
-    counts = np.frombuffer(crew.board, np.uint64)[:count]
+    counts = np.frombuffer(pool.shared_counts, np.uint64)[:count]
     results: dict[int, Any] = {}
     numbers = iter(range(count))
-    for pipe in [crew.hire() for _ in range(min(workers, count))]:
+    for pipe in [pool.start_worker() for _ in range(min(workers, count))]:
         number = next(numbers)
-        crew.give(pipe, number, task_of(number))
-    while crew.running:
-        for pipe in crew.ready(_BEAT):
-            number, task, answer = crew.take(pipe)
+        pool.send_task(pipe, number, make_task(number))
+    while pool.running:
+        for pipe in pool.wait_for_answers(_BEAT):
+            number, task, answer = pool.receive_answer(pipe)
             if answer is None:
-                task = _condemned(task, int(counts[number]), crew.bury(pipe), overrun)
-                crew.give(crew.hire(), number, task)
+                task = _repair_task(task, int(counts[number]), pool.remove_dead_worker(pipe), on_timeout)
+                pool.send_task(pool.start_worker(), number, task)
                 continue
             if answer.error is not None:
                 raise answer.error from RuntimeError(answer.trace)
             results[number] = answer.result
             for number in itertools.islice(numbers, 1):
-                crew.give(pipe, number, task_of(number))
+                pool.send_task(pipe, number, make_task(number))
         progress(int(counts.sum()))
     return [results[number] for number in range(count)]
 
 
-def _condemned(task: Task, place: int, exit_code: int | None, overrun: Overrun[Task] | None) -> Task:
-    """The task to run again after a worker's death. Raises UserError where it is no picture's fault."""
-    if overrun is None or exit_code != -signal.SIGPROF:
+def _repair_task(task: Task, position: int, exit_code: int | None, on_timeout: OnTimeout[Task] | None) -> Task:
+    """Return the task to run again after a worker died. Raises UserError where no image is to blame."""
+    if on_timeout is None or exit_code != -cpu_time.LIMIT_SIGNAL:
         raise UserError(
-            "a worker process died, perhaps for want of memory; run the same command again with a smaller --workers"
+            "a worker process died, perhaps from lack of memory. Run the same command again with a smaller --workers."
         )
-    return overrun(task, place)
+    return on_timeout(task, position)
 
 
 @contextlib.contextmanager
-def interrupts_deferred() -> Iterator[None]:
-    """Processes started in here inherit that Ctrl-C is for their parent alone; the parent hears of it at the end."""
+def defer_interrupts() -> Iterator[None]:
+    """Keep Ctrl-C from processes that are started in the block. This process gets it at the end of the block."""
     multiprocessing.resource_tracker.ensure_running()  # which would unblock it when `start` starts that
     held: list[int] = []
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -202,39 +204,40 @@ def interrupts_deferred() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-def _serve(function: Callable[[Task, Tick], Any], board: Any, pipe: Connection) -> None:
-    """A worker's life: tasks in, answers out, until the parent hangs up."""
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    warnings.simplefilter("ignore")  # Pillow's, on odd pictures: a picture decodes or is listed with its reason
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # for `cpu_limit`; the caller's profiler may have seen to it
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+def _serve(function: Callable[[Task, Tick], Any], shared_counts: Any, pipe: Connection) -> None:
+    """Run in a worker: receive tasks and send answers until the parent closes the pipe."""
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    warnings.simplefilter("ignore")  # Pillow's about odd images: an image decodes or is rejected with its reason
+    cpu_time.allow_kill()
     with contextlib.suppress(EOFError, ConnectionError):
         while True:
             number, task = pipe.recv()
-            pipe.send_bytes(_answer(function, board, number, task))
+            pipe.send_bytes(_run_task(function, shared_counts, number, task))
 
 
-def _die_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
 
 
-def _answer(function: Callable[[Task, Tick], Any], board: Any, number: int, task: Task) -> bytes:
+def _run_task(function: Callable[[Task, Tick], Any], shared_counts: Any, number: int, task: Task) -> bytes:
+    """Return a pickled answer."""
+
     def tick(done: int) -> None:
-        board[number] = done
-        if board[-1]:
+        shared_counts[number] = done
+        if shared_counts[-1]:
             raise StoppedError
 
     try:
         return pickle.dumps(_Answer(function(task, tick)))
     except Exception as error:
-        return _failure(error, traceback.format_exc())
+        return _pickle_error(error, traceback.format_exc())
 
 
-def _failure(error: Exception, trace: str) -> bytes:
-    """An answer with an exception, in its own type where that survives the way."""
+def _pickle_error(error: Exception, trace: str) -> bytes:
+    """Return a pickled answer with an exception, in its own type where that survives pickling."""
     try:
         data = pickle.dumps(_Answer(None, error, trace))
         pickle.loads(data)

@@ -1,1 +1,1 @@
-"""Where pictures come from: what SRC is, what is in it, which class each picture is of, its bytes."""
+"""The images to pack: what SRC is, which images are in it, the class of each, and its bytes."""

@@ -1,4 +1,4 @@
-"""What lies in a zip archive and at which offset, and the bytes of one file of it, without unpacking the others."""
+"""Read zip archives by offsets: what lies in one, and the bytes of one file, without unpacking the others."""
 
 import contextlib
 import os
@@ -26,33 +26,40 @@ class DamagedError(Exception):
 class Member(NamedTuple):
     """A regular file in a zip archive."""
 
-    name: str  # path in the archive, without a leading "./"
-    offset: int  # bytes, of the local header in the archive
-    packed: int  # bytes, of the payload in the archive
-    size: int  # bytes
-    crc: int  # CRC-32 of the unpacked bytes
+    name: str
+    """path in the archive, without a leading "./\""""
+    offset: int
+    """bytes, of the local header in the archive"""
+    packed: int
+    """bytes, of the payload in the archive"""
+    size: int
+    """bytes, unpacked"""
+    crc: int
+    """CRC-32 of the unpacked bytes"""
 
 
-def members(file: BinaryIO, name: str) -> Iterator[Member]:
-    """The regular files of a zip archive, in the order of its central directory. Folders and links are passed over.
+def list_members(file: BinaryIO, name: str) -> Iterator[Member]:
+    """Yield the regular files of a zip archive, in the order of its central directory.
 
-    `name` is the archive's, for messages. Raises UserError where it is damaged or no zip archive, and for a file that
-    is encrypted or compressed by another method than deflate.
+    Folders and links are skipped. `name` is the archive's, for messages. Raises UserError where the archive is damaged
+    or not a zip archive, and for a file that is encrypted or compressed by another method than deflate.
     """
     end = file.seek(0, os.SEEK_END)
-    for entry in _entries(file, name):
+    for entry in _read_directory(file, name):
         if entry.filename.endswith("/") or (entry.create_system == _UNIX and stat.S_ISLNK(entry.external_attr >> 16)):
             continue
         _refuse_unreadable(entry, name)
         if entry.header_offset < 0 or entry.header_offset + _LOCAL_HEADER.size + entry.compress_size > end:
-            raise UserError(f"{name}: {entry.filename!r} lies beyond the end of the archive; get the archive anew")
-        yield Member(_name(entry), entry.header_offset, entry.compress_size, entry.file_size, entry.CRC)
+            raise UserError(
+                f"{name}: {entry.filename!r} lies beyond the end of the archive. Download the archive again."
+            )
+        yield Member(_decode_name(entry), entry.header_offset, entry.compress_size, entry.file_size, entry.CRC)
 
 
-def payload(read: Callable[[int, int], bytes], offset: int, packed: int, size: int, crc: int) -> bytes:
-    """The bytes of one `Member`, given ``read(offset, size)`` on its archive.
+def read_member(read: Callable[[int, int], bytes], offset: int, packed: int, size: int, crc: int) -> bytes:
+    """Return the bytes of one `Member`, given ``read(offset, size)`` on its archive.
 
-    Takes `packed` and `size` bytes of memory, whatever the data would unpack to. Raises DamagedError.
+    Takes `packed` + `size` bytes of memory, whatever the data would unpack to. Raises DamagedError.
     """
     header = read(offset, _LOCAL_HEADER.size)
     if len(header) < _LOCAL_HEADER.size or not header.startswith(_SIGNATURE):
@@ -62,7 +69,7 @@ def payload(read: Callable[[int, int], bytes], offset: int, packed: int, size: i
     if len(data) < packed:
         raise DamagedError("damaged in the zip: cut off")
     if method == zipfile.ZIP_DEFLATED:
-        data = _inflated(data, size)
+        data = _inflate(data, size)
     elif method != zipfile.ZIP_STORED:
         raise DamagedError("damaged in the zip: another method than the directory says")
     if len(data) != size:
@@ -72,25 +79,30 @@ def payload(read: Callable[[int, int], bytes], offset: int, packed: int, size: i
     return data
 
 
-def _entries(file: BinaryIO, name: str) -> list[zipfile.ZipInfo]:
+def _read_directory(file: BinaryIO, name: str) -> list[zipfile.ZipInfo]:
     try:
         with zipfile.ZipFile(file) as archive:
             return archive.infolist()
     # zipfile raises all of these on a damaged directory.
     except (zipfile.BadZipFile, struct.error, ValueError, NotImplementedError, OverflowError) as error:
-        raise UserError(f"{name} is no zip archive, or damaged or cut off ({error}); get the archive anew") from error
+        raise UserError(
+            f"{name} is not a zip archive, or is damaged or cut off ({error}). Download the archive again."
+        ) from error
 
 
 def _refuse_unreadable(entry: zipfile.ZipInfo, name: str) -> None:
-    mend = f"unpack {name} and give the folder as SRC"
+    fix = f"Unpack {name} and give the folder as SRC."
     if entry.flag_bits & _ENCRYPTED:
-        raise UserError(f"{name}: {entry.filename!r} is encrypted; {mend}")
+        raise UserError(f"{name}: {entry.filename!r} is encrypted. {fix}")
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UserError(f"{name}: {entry.filename!r} is compressed by method {entry.compress_type}; {mend}")
+        raise UserError(f"{name}: {entry.filename!r} is compressed by method {entry.compress_type}. {fix}")
 
 
-def _name(entry: zipfile.ZipInfo) -> str:
-    """A path with slashes; UTF-8 even where the flag is missing, as in archives made by macOS; else code page 437."""
+def _decode_name(entry: zipfile.ZipInfo) -> str:
+    """Return a path with slashes.
+
+    It is read as UTF-8 even where the flag is missing, as in archives made by macOS, and else as code page 437.
+    """
     name = entry.filename
     if not entry.flag_bits & _UTF8:
         with contextlib.suppress(UnicodeDecodeError):
@@ -100,8 +112,8 @@ def _name(entry: zipfile.ZipInfo) -> str:
     return name.removeprefix("./")
 
 
-def _inflated(data: bytes, size: int) -> bytes:
-    """What should unpack to `size` bytes; at most one more."""
+def _inflate(data: bytes, size: int) -> bytes:
+    """Return what should unpack to `size` bytes; at most one byte more."""
     if size > _DEFLATE_RATIO * len(data):
         raise DamagedError("damaged in the zip: size differs")
     try:

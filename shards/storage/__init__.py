@@ -1,1 +1,1 @@
-"""Files of this machine and objects of a store behind the same functions."""
+"""Files on this machine and objects in a store, behind the same functions."""

@@ -1,4 +1,4 @@
-"""One writer at a time in a folder."""
+"""A lock on a folder, so that one process at a time writes into it."""
 
 import contextlib
 import fcntl
@@ -6,19 +6,19 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from shards.errors import UserError, mend_of
+from shards.errors import UserError, suggest_fix
 
 LOCK_FILE = ".lock"
 
 
 @contextlib.contextmanager
-def locked(folder: Path, taken: str) -> Iterator[None]:
-    """Make `folder` and hold it for this process; the kernel lets go when the process dies.
+def lock_folder(folder: Path, if_locked: str) -> Iterator[None]:
+    """Make `folder` and lock it for this process. The kernel releases the lock when the process dies.
 
-    Raises UserError where the folder cannot be written, or another process holds it: `taken` says what that is and
-    what to do.
+    Raises UserError where the folder cannot be written or another process has locked it. `if_locked` is the message
+    for the second case: what that process is, and what to do.
     """
-    file = _lock(folder, taken)
+    file = _open_and_lock(folder, if_locked)
     try:
         yield
     finally:
@@ -27,28 +27,28 @@ def locked(folder: Path, taken: str) -> Iterator[None]:
         os.close(file)
 
 
-def _lock(folder: Path, taken: str) -> int:
+def _open_and_lock(folder: Path, if_locked: str) -> int:
     path = folder / LOCK_FILE
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         except OSError as error:
-            raise UserError(f"cannot write to {folder}: {error.strerror}; {mend_of(error)}") from error
+            raise UserError(f"cannot write to {folder}: {error.strerror}. {suggest_fix(error)}") from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _names(path, file):
+            if _is_same_file(path, file):
                 return file
-            os.close(file)  # its last holder unlinked it between our open and our lock
+            os.close(file)  # its last holder removed it between our open and our lock
         except BlockingIOError:
             os.close(file)
-            raise UserError(f"{folder}: {taken}") from None
+            raise UserError(f"{folder}: {if_locked}") from None
         except OSError as error:
             os.close(file)
-            raise UserError(f"{path}: {error.strerror}; choose a folder on a file system with locks") from error
+            raise UserError(f"{path}: {error.strerror}. Choose a folder on a file system with locks.") from error
 
 
-def _names(path: Path, file: int) -> bool:
+def _is_same_file(path: Path, file: int) -> bool:
     try:
         return os.path.samestat(os.fstat(file), os.stat(path))
     except FileNotFoundError:

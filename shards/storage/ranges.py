@@ -1,4 +1,4 @@
-"""Reading by ranges: local files by number of byte, and file objects over whatever is read so."""
+"""Read byte ranges: of local files, and of anything else behind a file object."""
 
 import functools
 import io
@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any
 
 _OPEN_FILES = 64
-_CHUNK = 8 << 20  # bytes a read, where all that is left is asked for
+_CHUNK = 8 << 20  # bytes per read, where all that is left is asked for
 
 
 class OpenFile:
-    """A local file to read from, closed when nobody has a use for it any more. Safe in threads.
+    """A local file to read from. It is closed when nobody uses the object any more. Safe in threads.
 
-    `version`: what tells it from others of that name, for caches. Raises OSError, as `read` does.
+    `version` distinguishes files that had the same name at different times, for caches. Raises OSError, as `read` does.
     """
 
     def __init__(self, path: str, *version: int) -> None:
@@ -24,21 +24,24 @@ class OpenFile:
             os.close(self._descriptor)
 
     def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`, fewer where the file ends."""
+        """Return `size` bytes from `offset`, or fewer where the file ends."""
         return os.pread(self._descriptor, size, offset)
 
 
-_opened = functools.lru_cache(_OPEN_FILES)(OpenFile)
+_open_cached = functools.lru_cache(_OPEN_FILES)(OpenFile)
 
 
-def pread(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a local file from `offset`, fewer where it ends. It is kept open. Raises OSError."""
-    status = os.stat(path)  # another file of that name is opened anew
-    return _opened(path, status.st_dev, status.st_ino).read(offset, size)
+def read_local_range(path: str, offset: int, size: int) -> bytes:
+    """Return `size` bytes of a local file from `offset`, or fewer where it ends. Raises OSError.
+
+    The file is kept open for the next read.
+    """
+    status = os.stat(path)  # a new file of the same name is opened again
+    return _open_cached(path, status.st_dev, status.st_ino).read(offset, size)
 
 
-class Ranges(io.RawIOBase):
-    """`size` bytes that ``read(offset, size)`` delivers piece by piece, as a file."""
+class RangeFile(io.RawIOBase):
+    """A file object of `size` bytes over a function ``read(offset, size)``."""
 
     def __init__(self, name: str, size: int, read: Callable[[int, int], bytes]) -> None:
         self.name = name
@@ -60,14 +63,14 @@ class Ranges(io.RawIOBase):
         return position
 
     def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
+        data = self._read_next(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:
-        return b"".join(iter(lambda: self._next(_CHUNK), b""))
+        return b"".join(iter(lambda: self._read_next(_CHUNK), b""))
 
-    def _next(self, size: int) -> bytes:
+    def _read_next(self, size: int) -> bytes:
         data = self._read_range(self._position, max(0, min(size, self._size - self._position)))
         self._position += len(data)
         return data

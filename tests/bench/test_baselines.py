@@ -1,4 +1,4 @@
-"""The baselines make the same step as ours, so that only the time tells them apart."""
+"""The baselines make the same step as ours, so that they differ only in time."""
 
 import copy
 from collections.abc import Callable, Iterator
@@ -15,11 +15,12 @@ from bench import baselines
 from bench.baselines import Pair, Published, Stock
 from dino_fast.config import Recipe
 from dino_fast.model.head import HeadRecipe
-from dino_fast.run.schedules import Hyper
-from dino_fast.step.compiled import why_not
+from dino_fast.model.student_teacher import build_student_teacher
+from dino_fast.step.compiled import find_compile_problem
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.loss import dino_loss
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import TrainStep, build_student_teacher
+from dino_fast.step.train_step import TrainStep
 
 RECIPE = Recipe(
     precision="fp32",
@@ -34,7 +35,7 @@ BATCH = 4
 
 @pytest.fixture(scope="module")
 def pair() -> Pair:
-    """A teacher that is not its student, and biases and norms that are not at their beginnings."""
+    """A teacher that is not its student, and biases and norms that are not at their initial values."""
     torch.manual_seed(0)
     student, teacher = build_student_teacher(RECIPE.backbone, RECIPE.head)
     for model in (student, teacher):
@@ -52,7 +53,7 @@ def fresh_compiler() -> Iterator[None]:
 
 
 def crops(seed: int) -> tuple[Tensor, Tensor]:
-    """Two globals and three locals a picture, channels-last."""
+    """Return two global and three local views of each image, channels-last."""
     r = torch.Generator().manual_seed(seed)
     made = (torch.randn(views * BATCH, 3, side, side, generator=r) for views, side in ((2, 64), (3, 48)))
     globals_, locals_ = (views.contiguous(memory_format=torch.channels_last) for views in made)
@@ -65,13 +66,15 @@ def our_step(pair: Pair) -> TrainStep:
 
 
 def assert_near(found: Tensor, expected: Tensor, relative: float) -> None:
-    """By the tensors' lengths."""
+    """Compare tensors by the norm of their difference."""
     assert (found - expected).norm() <= relative * expected.norm() + 1e-12
 
 
 def assert_same_steps(build: Callable[..., Published | Stock], pair: Pair, hyper: Hyper) -> None:
-    """Losses, weights, how far they moved, and batch norms' running statistics, over two steps: the second has a centre
-    and a momentum."""
+    """Compare losses, weights, how far they moved, and running statistics, over two steps.
+
+    The second step has a center and a momentum.
+    """
     ours, other = our_step(pair), build(RECIPE, pair, hyper, CPU)
     for number in range(2):
         expected = ours(*crops(number), hyper).loss
@@ -94,7 +97,7 @@ def test_a_baselines_step_is_ours(build: Callable[..., Published | Stock], freez
 
 @pytest.mark.slow
 def test_a_compiled_step_is_ours(pair: Pair, fresh_compiler: None):
-    if problem := why_not(CPU):
+    if problem := find_compile_problem(CPU):
         pytest.skip(problem)
     assert_same_steps(partial(Stock, compiled=True), pair, HYPER)
 
@@ -142,8 +145,8 @@ def test_losses_and_their_gradients_are_the_references(
         assert_near(torch.autograd.grad(loss, leaf)[0].double(), slope, 1e-4)
 
 
-def test_the_centre_is_the_ranks_mean(losses: list[Published | Stock], monkeypatch: pytest.MonkeyPatch):
-    """Of two ranks with the same logits: the mean of one."""
+def test_the_center_is_the_mean_of_the_ranks(losses: list[Published | Stock], monkeypatch: pytest.MonkeyPatch):
+    """Two ranks with the same logits have the center of one."""
     published = losses[0]
     assert isinstance(published, Published)
     logits, center = torch.randn(6, RECIPE.head.out_dim), published.center
@@ -167,7 +170,7 @@ def test_stock_in_lower_precision_stays_close(precision: str, pair: Pair):
     assert all(parameter.dtype == torch.float32 for parameter in rounded.student.parameters())
 
 
-def test_the_published_step_stops_at_a_loss_that_is_no_number(pair: Pair):
+def test_the_published_step_stops_if_the_loss_is_nan(pair: Pair):
     globals_, locals_ = crops(0)
     with pytest.raises(FloatingPointError, match="nan"):
         Published(RECIPE, pair, HYPER, CPU)(globals_ * float("nan"), locals_)

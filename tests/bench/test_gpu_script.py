@@ -19,7 +19,7 @@ import torch
 
 from bench import loader
 from dino_fast.config import read_recipe
-from dino_fast.evaluate.features import OptionParser
+from dino_fast.evaluate.arguments import EvaluationParser
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "bench" / "gpu.sh"
@@ -90,7 +90,7 @@ def parse(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(files) >= 4
         assert all((ROOT / file).is_file() for file in files)
     elif arguments[0] == "knn":
-        OptionParser("knn", "").parse_args(arguments[1:])
+        EvaluationParser("knn", "").parse_args(arguments[1:])
     else:
         assert arguments[0] in ("train", "doctor")
         settings = arguments[1:]
@@ -122,7 +122,7 @@ def test_the_arms_of_the_loader_are_there_on_a_gpu(monkeypatch: pytest.MonkeyPat
         words[words.index("--arm") + 1] for part in ("first", "second") for words in commands(part) if "--arm" in words
     ]
     assert len(named) == 4
-    assert {name.removesuffix(loader.ALONE) for name in named} <= loader.arms().keys()
+    assert {name.removesuffix(loader.ALONE) for name in named} <= loader.find_arms().keys()
 
 
 def test_an_unknown_part_is_named():
@@ -167,12 +167,12 @@ def statuses(lines: list[str]) -> dict[str, int]:
 
 
 def test_a_part_that_fails_costs_only_itself(python: Callable[[str], str], tmp_path: Path):
-    made = python('case $* in *bench.kernels*) echo "left out, x: no"; echo gone >&2; exit 3 ;; *) echo fine ;; esac')
+    made = python('case $* in *bench.kernels*) echo "left out: x (no)"; echo gone >&2; exit 3 ;; *) echo fine ;; esac')
     lines = printed("first", PYTHON=made, OUT=str(tmp_path / "out"), SHARDS="somewhere")
     assert statuses(lines) == {"tests": 0, "kernels": 3, "augment": 0, "step": 0, "train": 0}
-    assert {"left out, x: no", "gone", "fine"} <= set(lines)
+    assert {"left out: x (no)", "gone", "fine"} <= set(lines)
     found = files_in(tmp_path / "out", "first")
-    assert found["kernels.log"] == "left out, x: no\ngone\n"
+    assert found["kernels.log"] == "left out: x (no)\ngone\n"
     assert {"dali.log", "warm-stock-compiled.log", "warm-imagenette.log", "step.log", "machine.txt"} <= found.keys()
     assert re.search(r"^warm-ours-compiled: status 0, \d s$", found["beside.txt"], re.MULTILINE)
     order = [match[1] for match in map(re.compile(r"== (\w+):").match, lines) if match]

@@ -1,4 +1,4 @@
-"""The figures of the loader's benchmark: that they are there, and that they are what they are called."""
+"""The loader's benchmark gives every figure, and each is what its name says."""
 
 import argparse
 import json
@@ -15,7 +15,18 @@ import pytest
 import torch
 
 from bench import loader
-from bench.loader import ALONE, NO_COLOURS, ROOT, UNITS, Arm, Setting, arms, measure, memory, parity
+from bench.loader import (
+    ALONE,
+    NO_AUGMENT,
+    ROOT,
+    UNITS,
+    Arm,
+    Setup,
+    find_arms,
+    measure_memory,
+    measure_parity,
+    measure_round,
+)
 from bench.peers import unpack
 from pipelines.photometric import PhotometricRecipe
 from shards.__main__ import main as make_shards
@@ -23,17 +34,17 @@ from shards.index import ShardIndex
 
 
 @pytest.fixture
-def setting(make_class_folders, tmp_path: Path) -> Iterator[Setting]:
-    """Twelve small pictures, packed and as files; batches of 4 on one core."""
+def setup(make_class_folders, tmp_path: Path) -> Iterator[Setup]:
+    """Twelve small images, packed and as files; batches of 4 on one core."""
     source = make_class_folders(classes=2, per_class=6)
     assert make_shards(["pack", str(source), str(tmp_path / "shards"), "--workers", "1"]) == 0
     with ShardIndex(tmp_path / "shards") as index:
         unpack(index, tmp_path / "files")
-        yield Setting(index, tmp_path / "files", batch=4, cores=1)
+        yield Setup(index, tmp_path / "files", batch=4, cores=1)
 
 
-def test_a_round_of_our_loader_has_every_figure(setting: Setting):
-    figures = measure(arms()["torch"], setting, NO_COLOURS, seconds=0.1)
+def test_a_round_of_our_loader_has_every_figure(setup: Setup):
+    figures = measure_round(find_arms()["torch"], setup, NO_AUGMENT, seconds=0.1)
     assert set(figures) == set(UNITS)
     assert figures["images"] == figures["images a core"] > 0
     assert figures["first batch"] > 0
@@ -41,32 +52,32 @@ def test_a_round_of_our_loader_has_every_figure(setting: Setting):
     assert figures["parity"] < 0.2
 
 
-def test_pictures_are_counted_over_the_seconds(setting: Setting, monkeypatch: pytest.MonkeyPatch):
+def test_images_are_counted_over_the_seconds(setup: Setup, monkeypatch: pytest.MonkeyPatch):
     """An arm whose every batch takes a second by the clock, the first ten: 4 images a second, and half that a core."""
     clock = [0.0]
     monkeypatch.setattr("bench.loader.time.perf_counter", lambda: clock[0])
 
-    def batches(setting: Setting, colours: PhotometricRecipe) -> Iterator[list[torch.Tensor]]:
+    def batches(setup: Setup, augment: PhotometricRecipe) -> Iterator[list[torch.Tensor]]:
         clock[0] += 9
         while True:
             clock[0] += 1
             yield []
 
-    two = Setting(setting.index, setting.pictures, setting.batch, cores=2)
-    figures = measure(Arm(batches, lambda _: 0.0), two, PhotometricRecipe(), seconds=5)
+    two = Setup(setup.index, setup.images, setup.batch, cores=2)
+    figures = measure_round(Arm(batches, lambda _: 0.0), two, PhotometricRecipe(), seconds=5)
     assert figures.pop("memory") > 0
     assert figures == {"images": 4, "images a core": 2, "first batch": 10}
 
 
-def test_parity_is_in_levels_and_nothing_for_pillow_itself(setting: Setting):
-    peer = arms()["published"]
-    assert peer.parity(setting) == 0
-    assert parity(setting, lambda view, place, sample, window, size: np.zeros((size, size, 3), np.uint8)) > 50
+def test_parity_is_in_levels_and_nothing_for_pillow_itself(setup: Setup):
+    peer = find_arms()["published"]
+    assert peer.parity(setup) == 0
+    assert measure_parity(setup, lambda view, place, sample, window, size: np.zeros((size, size, 3), np.uint8)) > 50
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_memory_counts_children_and_shared_pages_once():
-    before = memory()
+    before = measure_memory()
     child = subprocess.Popen(
         [sys.executable, "-c", "held = b'x' * 200_000_000; print(flush=True); input()"],
         stdin=subprocess.PIPE,
@@ -75,15 +86,15 @@ def test_memory_counts_children_and_shared_pages_once():
     with child:
         assert child.stdout is not None
         child.stdout.readline()
-        assert 190 < memory() - before < 300
+        assert 190 < measure_memory() - before < 300
         child.communicate(b"\n")
     held = np.ones(200_000_000, np.uint8)
-    before, (reading, writing) = memory(), os.pipe()
+    before, (reading, writing) = measure_memory(), os.pipe()
     if (process := os.fork()) == 0:
         os.read(reading, 1)
         os._exit(0)
     try:
-        assert memory() - before < 100
+        assert measure_memory() - before < 100
     finally:
         os.write(writing, b"\n")
         os.waitpid(process, 0)
@@ -91,11 +102,11 @@ def test_memory_counts_children_and_shared_pages_once():
 
 
 @pytest.fixture
-def options(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+def options(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
     """A call that measures for a tenth of a second."""
-    words = [str(setting.index.folder), "--cores", "1", "--batch", "4", "--seconds", "0.1", "--rounds", "1"]
+    words = [str(setup.index.folder), "--cores", "1", "--batch", "4", "--seconds", "0.1", "--rounds", "1"]
     monkeypatch.setattr(sys, "argv", ["bench.loader", *words])
-    return loader.arguments()
+    return loader.parse_arguments()
 
 
 def fake_process(monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
@@ -117,7 +128,7 @@ def test_an_arm_whose_process_fails_is_left_out_with_the_end_of_its_stderr(
     options.only, options.json = ["bad", "good"], tmp_path / "out.jsonl"
     loader.compare(options, "files")
     printed = capsys.readouterr()
-    assert "left out, bad: RuntimeError: status 1: RuntimeError: no decoder" in printed.out.splitlines()
+    assert "left out: bad (RuntimeError: status 1: RuntimeError: no decoder)" in printed.out.splitlines()
     assert "\n49\n" in printed.err
     assert "\n20\n" not in printed.err
     assert printed.err.count("a warning\n") == 2
@@ -126,12 +137,12 @@ def test_an_arm_whose_process_fails_is_left_out_with_the_end_of_its_stderr(
 
 
 def test_one_arm_is_measured_in_this_process(
-    options: argparse.Namespace, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    options: argparse.Namespace, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):  # fmt: skip
-    options.arm, options.json, options.pictures = "torch" + ALONE, tmp_path / "out.jsonl", setting.pictures
-    monkeypatch.setattr("bench.loader.arguments", lambda: options)
-    monkeypatch.setattr("bench.loader.keep_to", lambda cores: None)
+    options.arm, options.json, options.images = "torch" + ALONE, tmp_path / "out.jsonl", setup.images
+    monkeypatch.setattr("bench.loader.parse_arguments", lambda: options)
+    monkeypatch.setattr("bench.loader.limit_cores", lambda cores: None)
     loader.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures.keys() == set(UNITS)
@@ -140,16 +151,16 @@ def test_one_arm_is_measured_in_this_process(
     assert {row["arm"] for row in rows} == {"torch" + ALONE}
 
 
-def test_an_arm_that_is_not_here_is_named_with_those_that_are(options: argparse.Namespace, setting: Setting):
+def test_an_arm_that_is_not_here_is_named_with_those_that_are(options: argparse.Namespace, setup: Setup):
     options.arm = "thoughts"
-    with pytest.raises(SystemExit, match="--arm thoughts: not on this machine, which has: torch; "):
-        loader.one_here(options, setting)
+    with pytest.raises(SystemExit, match=r"--arm thoughts is not on this machine\. It has: torch; "):
+        loader.measure_here(options, setup)
 
 
 @pytest.mark.slow
-def test_the_command_measures_every_arm_in_a_process_of_its_own(setting: Setting, tmp_path: Path):
+def test_the_command_measures_every_arm_in_a_process_of_its_own(setup: Setup, tmp_path: Path):
     names = ["torch", "torch" + ALONE, "published"]
-    call = [sys.executable, "-m", "bench.loader", str(setting.index.folder), "--cores", "1", "--batch", "4"]
+    call = [sys.executable, "-m", "bench.loader", str(setup.index.folder), "--cores", "1", "--batch", "4"]
     call += ["--seconds", "0.2", "--rounds", "1", "--json", str(tmp_path / "out.jsonl"), "--only", *names]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

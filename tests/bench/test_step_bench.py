@@ -1,4 +1,4 @@
-"""The benchmarks of the step: rooflines, classes of kernels, rounds, and that the commands give every figure."""
+"""The benchmarks of the step: rooflines, classes of kernels, rounds, and the figures of each command."""
 
 import json
 import math
@@ -19,10 +19,23 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import end_to_end, roofline, step
+from bench import end_to_end, roofline, step, step_arms
 from bench.baselines import Network
-from bench.end_to_end import ALONE, FED, PUBLISHED, WARM_UP, Setting
-from bench.step import CLASSES, KINDS, PROBES, Arm, kernel_class
+from bench.end_to_end import ALONE, FED, PUBLISHED, WARM_UP, Setup
+from bench.kernel_classes import (
+    CLASSES,
+    classify_kernel,
+    find_kernel_folders,
+    find_launched,
+    find_our_kernels,
+    make_kernel_rows,
+    make_profile_figures,
+    print_kernels,
+    profile_step,
+    sum_by_class,
+)
+from bench.step import PROBES
+from bench.step_arms import ARM_KINDS, Arm, ArmKind
 from dino_fast.config import Recipe
 from dino_fast.model.flops import flops_an_image, head_flops
 from dino_fast.model.head import HeadRecipe
@@ -41,7 +54,7 @@ rates = st.floats(1e9, 1e16)
 
 
 def test_the_rooflines_of_an_h200_are_those_once_derived():
-    found = roofline.rooflines(4.3e12, 790e12, RECIPE)
+    found = roofline.compute_rooflines(4.3e12, 790e12, RECIPE)
     assert found == pytest.approx({"eager": 2110, "pointwise-fused": 2750, "conv-fused": 3970}, rel=0.03)
     assert found == pytest.approx({"eager": 2113, "pointwise-fused": 2756, "conv-fused": 4073}, rel=5e-4)
 
@@ -67,18 +80,18 @@ def test_flops_are_those_that_torch_counts(locals_: int):
 
 @given(bandwidth=rates, rate=rates)
 def test_less_traffic_is_faster_and_twice_the_machine_twice_as_fast(bandwidth: float, rate: float):
-    found = roofline.rooflines(bandwidth, rate, RECIPE)
+    found = roofline.compute_rooflines(bandwidth, rate, RECIPE)
     assert found["eager"] < found["pointwise-fused"] < found["conv-fused"]
-    twice = roofline.rooflines(2 * bandwidth, 2 * rate, RECIPE)
+    twice = roofline.compute_rooflines(2 * bandwidth, 2 * rate, RECIPE)
     assert twice == pytest.approx({name: 2 * images for name, images in found.items()})
     assert max(found.values()) <= rate / flops_an_image(RECIPE) * 1.000001
 
 
 def test_the_limits_are_arithmetic_alone_and_traffic_alone():
-    arithmetic = roofline.rooflines(1e30, 1e12, RECIPE)
+    arithmetic = roofline.compute_rooflines(1e30, 1e12, RECIPE)
     assert arithmetic == pytest.approx(dict.fromkeys(roofline.TRAFFIC, 1e12 / flops_an_image(RECIPE)))
     student, teacher = 2 + 6 * (96 / 224) ** 2, 2
-    half, full = (roofline.rooflines(1e12, 1e30, replace(RECIPE, precision=p)) for p in ("bf16", "fp32"))
+    half, full = (roofline.compute_rooflines(1e12, 1e30, replace(RECIPE, precision=p)) for p in ("bf16", "fp32"))
     for name, traffic in roofline.TRAFFIC.items():
         assert half[name] == pytest.approx(1e12 / (student * traffic.both + teacher * traffic.forward))
         assert full[name] == pytest.approx(half[name] / 2)
@@ -86,7 +99,7 @@ def test_the_limits_are_arithmetic_alone_and_traffic_alone():
 
 def test_larger_and_more_crops_are_slower():
     def images(**crops: int) -> float:
-        return roofline.rooflines(4e12, 8e14, replace(RECIPE, crops=CropRecipe(**crops)))["eager"]
+        return roofline.compute_rooflines(4e12, 8e14, replace(RECIPE, crops=CropRecipe(**crops)))["eager"]
 
     assert images(locals=0) > images(locals=1) > images(locals=8) > images(locals=8, local_size=128)
     assert images(locals=0, global_size=160) == pytest.approx(images(locals=0) * (224 / 160) ** 2, rel=0.02)
@@ -94,24 +107,24 @@ def test_larger_and_more_crops_are_slower():
 
 def test_a_backbone_whose_traffic_is_unknown_is_refused():
     with pytest.raises(ValueError, match="resnet18"):
-        roofline.rooflines(1e12, 1e12, replace(RECIPE, backbone="resnet18"))
+        roofline.compute_rooflines(1e12, 1e12, replace(RECIPE, backbone="resnet18"))
 
 
 @pytest.mark.slow
 def test_the_probes_are_in_reach_of_a_processor():
-    found = roofline.probes(CPU, torch.float32)
+    found = roofline.run_probes(CPU, torch.float32)
     assert 0.5 < found["bandwidth"] < 2000
     assert 0.001 < found["compute"] < 50
 
 
-def test_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch):
+def test_time_call_gives_the_seconds_of_one_call(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
-    monkeypatch.setattr("bench.roofline.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("bench.timing.time.perf_counter", lambda: clock[0])
 
     def work() -> None:
         clock[0] += 0.125
 
-    assert roofline.seconds_of(work, CPU) == 0.125
+    assert roofline.time_call(work, CPU) == 0.125
     assert clock[0] == 0.625  # one that is not counted, and half a second
 
 
@@ -122,7 +135,7 @@ def test_shares_are_of_the_same_rounds_probes():
     for name in roofline.TRAFFIC:
         first, second = (figures[f"{name} roofline"] for figures in rounds["ours"])
         assert second == pytest.approx(2 * first)
-        [line, _] = roofline.as_arms(probed, RECIPE)[f"{name} roofline"]
+        [line, _] = roofline.make_roofline_arms(probed, RECIPE)[f"{name} roofline"]
         assert first == pytest.approx(100 * 1000 / line["images"])
     assert [figures["GEMM share"] for figures in rounds["ours"]] == pytest.approx([10, 20])
     # By hand: 2 globals and 6 locals of (96 / 224)² through the student, 2 globals forward through the teacher.
@@ -219,19 +232,19 @@ def test_shares_are_of_the_same_rounds_probes():
     }.items(),
 )
 def test_classes_of_kernels(kind: str, names: list[str]):
-    assert {name: kernel_class(name) for name in names} == dict.fromkeys(names, kind)
+    assert {name: classify_kernel(name) for name in names} == dict.fromkeys(names, kind)
 
 
 def test_our_kernels_have_the_class_of_their_file():
-    found = step.our_kernels()
+    found = find_our_kernels()
     assert {"loss", "update"} <= set(found.values()) <= set(CLASSES)
-    assert all(kernel_class(name) == kind for name, kind in found.items())
+    assert all(classify_kernel(name) == kind for name, kind in found.items())
 
 
 def test_no_two_files_launch_kernels_of_one_name():
     """A profile knows them by these alone."""
-    files = [file for folder in step.kernel_folders() for file in folder.glob("*.py")]
-    names = [name for file in files for name in step.launched(file.read_text())]
+    files = [file for folder in find_kernel_folders() for file in folder.glob("*.py")]
+    names = [name for file in files for name in find_launched(file.read_text())]
     assert sorted(names) == sorted(set(names))
 
 
@@ -248,28 +261,28 @@ def _loss(logits, batch):
 def loss(logits):
     _loss[(1,)](logits, len(logits))
 """
-    assert step.launched(source) == ["_loss"]
+    assert find_launched(source) == ["_loss"]
 
 
 def test_times_are_summed_by_class():
-    found = step.class_times([("aten::mm", 1.0), ("aten::bmm", 2.0), ("aten::relu", 4.0), ("who knows", 8.0)])
+    found = sum_by_class([("aten::mm", 1.0), ("aten::bmm", 2.0), ("aten::relu", 4.0), ("who knows", 8.0)])
     assert found == {f"in {kind}": 0.0 for kind in CLASSES} | {"in matmul": 3.0, "in pointwise": 4.0, "in other": 8.0}
 
 
 def test_a_profile_on_a_processor_is_of_operators():
     network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
     arm = Arm(lambda globals_, locals_: network(globals_).sum().backward(), (torch.randn(4, 3, 32, 32), torch.empty(0)))
-    seen = step.events(arm, CPU)
-    found = step.profiled(seen, CPU, by_class=True)
+    timed = profile_step(arm, CPU)
+    found = make_profile_figures(timed, CPU, by_class=True)
     assert found.keys() == {f"in {kind}" for kind in CLASSES}
     assert min(found["in conv"], found["in batch norm"], found["in pointwise"]) > 0
     assert found["in loss"] == found["in update"] == 0
-    assert not step.profiled(seen, CPU, by_class=False)
+    assert not make_profile_figures(timed, CPU, by_class=False)
 
 
 def test_a_row_of_each_kernel_the_most_expensive_first():
     found = [("aten::mm", 1.0), ("aten::relu", 4.0), ("aten::mm", 2.5), ("x" * 300, 0.5)]
-    assert step.kernel_rows("ours", found) == [
+    assert make_kernel_rows("ours", found) == [
         {"arm": "ours", "kernel": "aten::relu", "class": "pointwise", "launches": 1, "ms": 4.0},
         {"arm": "ours", "kernel": "aten::mm", "class": "matmul", "launches": 2, "ms": 3.5},
         {"arm": "ours", "kernel": "x" * 200, "class": "other", "launches": 1, "ms": 0.5},
@@ -277,8 +290,8 @@ def test_a_row_of_each_kernel_the_most_expensive_first():
 
 
 def test_ten_kernels_are_shown_and_the_sum_of_the_others(capsys: pytest.CaptureFixture[str]):
-    rows = step.kernel_rows("ours", [(f"aten::mm_{number:02d}", float(number)) for number in range(1, 13)])
-    step.show_kernels("ours", rows)
+    rows = make_kernel_rows("ours", [(f"aten::mm_{number:02d}", float(number)) for number in range(1, 13)])
+    print_kernels("ours", rows)
     head, *shown, rest = capsys.readouterr().out.splitlines()
     assert head == "ours: 12 kernels, 78.00 ms a step"
     assert [line.split()[-1] for line in shown] == [f"aten::mm_{number:02d}" for number in range(12, 2, -1)]
@@ -290,20 +303,20 @@ def test_ten_kernels_are_shown_and_the_sum_of_the_others(capsys: pytest.CaptureF
 
 def test_a_round_counts_images_a_second(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
-    monkeypatch.setattr("bench.step.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("bench.step_arms.time.perf_counter", lambda: clock[0])
 
     def slow(globals_: torch.Tensor, locals_: torch.Tensor) -> None:
         clock[0] += 0.5
 
     arm = Arm(slow, (torch.empty(0), torch.empty(0)))
-    found = step.one_round(arm, replace(RECIPE, batch_size=8), CPU, steps=3)
+    found = step_arms.measure_round(arm, replace(RECIPE, batch_size=8), CPU, steps=3)
     assert found.pop("compute") == pytest.approx(16 * 93e-3, rel=0.002)
     assert found == {"step": 500.0, "images": 16.0}
 
 
-def test_every_arm_sees_the_same_pictures():
+def test_every_arm_sees_the_same_images():
     recipe = replace(RECIPE, batch_size=2, crops=CropRecipe(global_size=32, local_size=24, locals=3))
-    plain, fast = (KINDS[name].views(recipe, CPU) for name in ("published", "ours"))
+    plain, fast = (ARM_KINDS[name].views(recipe, CPU) for name in ("published", "ours"))
     for one, two, shape in zip(plain, fast, [(4, 3, 32, 32), (6, 3, 24, 24)], strict=True):
         assert one.shape == two.shape == shape
         assert one.dtype == torch.float32
@@ -314,11 +327,12 @@ def test_every_arm_sees_the_same_pictures():
 
 
 def test_an_arm_that_cannot_run_is_left_out_with_the_reason(capsys: pytest.CaptureFixture[str]):
-    assert KINDS["ours-graphed"].lacks(CPU) is not None
-    assert not list(step.build_arms(["ours-graphed", "ours-fused"], RECIPE, CPU, steps=1))
+    assert ARM_KINDS["ours-graphed"].find_problem(CPU) is not None
+    kinds = {name: ARM_KINDS[name] for name in ("ours-graphed", "ours-fused")}
+    assert not list(step_arms.build_arms(kinds, RECIPE, CPU, steps=1))
     assert capsys.readouterr().out.splitlines() == [
-        "left out, ours-graphed: CUDA graphs need a GPU",
-        "left out, ours-fused: our kernels need a GPU",
+        "left out: ours-graphed (CUDA graphs need a GPU)",
+        "left out: ours-fused (our kernels need a GPU)",
     ]
 
 
@@ -334,7 +348,7 @@ class FakeStep:
             raise self._raises[self._calls]
 
 
-def step_command(
+def run_step_command(
     monkeypatch: pytest.MonkeyPatch, folder: Path, arms: dict[str, dict[int, BaseException] | BaseException]
 ) -> dict[str, Any]:
     """Run the command in this process with such arms: what each raises in a step, or when it is built. Returns its
@@ -346,13 +360,13 @@ def step_command(
         return FakeStep(raises)
 
     kinds = {
-        name: step.Kind(partial(build, raises), lambda *_: (torch.empty(0), torch.empty(0)))
+        name: ArmKind(partial(build, raises), lambda *_: (torch.empty(0), torch.empty(0)))
         for name, raises in arms.items()
     }
-    monkeypatch.setattr("bench.step.KINDS", kinds)
+    monkeypatch.setattr("bench.step.ARM_KINDS", kinds)
     words = [*TINY, "--rounds", "3", "--json", str(folder / "out.jsonl"), "--kernels", str(folder / "kernels.jsonl")]
     monkeypatch.setattr(sys, "argv", ["bench.step", *words])
-    monkeypatch.setattr("bench.step.events", lambda *_: [("aten::mm", 2.0)])
+    monkeypatch.setattr("bench.step.profile_step", lambda *_: [("aten::mm", 2.0)])
     step.main()
     rows = [json.loads(line) for line in (folder / "out.jsonl").read_text().splitlines()]
     return {(row["arm"], row["metric"]): row for row in rows}
@@ -362,12 +376,12 @@ def test_an_arm_that_fails_costs_only_itself(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
     memory, broken = RuntimeError("out of memory"), RuntimeError("broken")
-    found = step_command(monkeypatch, tmp_path, {"unbuilt": memory, "broken": {2: broken}, "good": {}})
+    found = run_step_command(monkeypatch, tmp_path, {"unbuilt": memory, "broken": {2: broken}, "good": {}})
     assert {arm for arm, _ in found} == {"good"}
     assert found["good", "step"]["n"] == 3
     printed = capsys.readouterr().out.splitlines()
-    assert "left out, unbuilt: RuntimeError: out of memory" in printed
-    assert "left out, broken: RuntimeError: broken" in printed
+    assert "left out: unbuilt (RuntimeError: out of memory)" in printed
+    assert "left out: broken (RuntimeError: broken)" in printed
     kernel_rows = [json.loads(line) for line in (tmp_path / "kernels.jsonl").read_text().splitlines()]
     assert [(row["arm"], row["kernel"], row["ms"]) for row in kernel_rows] == [("good", "aten::mm", 2.0)]
 
@@ -377,31 +391,31 @@ def test_sigint_leaves_what_was_measured(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, call: int, rounds: int, capsys: pytest.CaptureFixture[str]
 ):
     """The first call is the round after building, and counts where no round is complete."""
-    found = step_command(monkeypatch, tmp_path, {"first": {}, "second": {call: KeyboardInterrupt()}})
+    found = run_step_command(monkeypatch, tmp_path, {"first": {}, "second": {call: KeyboardInterrupt()}})
     assert {arm for arm, _ in found} == {"first", "second"}
     assert found["first", "step"]["n"] == found["second", "step"]["n"] == rounds
-    assert ("the first round alone" in capsys.readouterr().out) == (call == 2)
+    assert ("only the first round" in capsys.readouterr().out) == (call == 2)
 
 
 def test_sigint_while_an_arm_is_built_leaves_those_before_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    found = step_command(monkeypatch, tmp_path, {"first": {}, "slow": KeyboardInterrupt(), "never": {}})
+    found = run_step_command(monkeypatch, tmp_path, {"first": {}, "slow": KeyboardInterrupt(), "never": {}})
     assert {arm for arm, _ in found} == {"first"}
     assert found["first", "step"]["n"] == 1
 
 
 def test_without_an_arm_the_command_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with pytest.raises(SystemExit, match="no arm was measured"):
-        step_command(monkeypatch, tmp_path, {"unbuilt": ValueError()})
+        run_step_command(monkeypatch, tmp_path, {"unbuilt": ValueError()})
 
 
 class FakeLoader:
     """Batches that each take half a second by the clock, of which the step waits for a fifth."""
 
     def __init__(self, clock: list[float]) -> None:
-        self.clock, self.stall, self.begun, self.closed = clock, 0.0, [], 0
+        self.clock, self.stall, self.starts, self.closed = clock, 0.0, [], 0
 
     def batches(self, start: int, stop: int) -> Iterator[Any]:
-        self.begun.append(start)
+        self.starts.append(start)
         try:
             for _ in range(start, stop):
                 self.clock[0] += 0.5
@@ -410,21 +424,21 @@ class FakeLoader:
         finally:
             self.closed += 1
 
-    def figures(self) -> Any:
+    def read_figures(self) -> Any:
         stall, self.stall = self.stall, 0.0
         return SimpleNamespace(stall=stall)
 
 
 def test_a_round_of_loader_and_step_counts_after_its_warm_up(monkeypatch: pytest.MonkeyPatch):
     clock = [0.0]
-    monkeypatch.setattr("bench.roofline.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("bench.timing.time.perf_counter", lambda: clock[0])
     seen: list[Any] = []
     loader: Any = FakeLoader(clock)
-    setting = Setting(lambda *views: seen.append(views), loader, batch=8, steps=5, device=CPU)
-    found = [end_to_end.fed(setting) for _ in range(2)]
+    setup = Setup(lambda *views: seen.append(views), loader, batch=8, steps=5, device=CPU)
+    found = [end_to_end.measure_fed(setup) for _ in range(2)]
     assert found == [pytest.approx({"images": 16, "step": 500, "stall": 20})] * 2
     assert seen == [("globals", "locals")] * 2 * (WARM_UP + 5)
-    assert loader.begun == [0, WARM_UP + 5]
+    assert loader.starts == [0, WARM_UP + 5]
     assert loader.closed == 2
 
 

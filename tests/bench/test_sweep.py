@@ -1,4 +1,4 @@
-"""The sweep over the loader's settings: that all combinations run, and which comes first."""
+"""The sweep over the loader's settings measures all combinations, and prints the fastest first."""
 
 import json
 import sys
@@ -12,18 +12,18 @@ from shards.__main__ import main as make_shards
 
 
 def test_every_combination_is_a_recipe_with_a_name_of_what_differs():
-    found = dict(sweep.combinations({"decode": ["torch"], "threads": [1, 4], "prefetch": [2, 3]}))
+    found = dict(sweep.combine({"decode": ["torch"], "threads": [1, 4], "prefetch": [2, 3]}))
     assert found == {
         f"threads {threads}, prefetch {prefetch}": DataRecipe(decode="torch", threads=threads, prefetch=prefetch)
         for threads in (1, 4)
         for prefetch in (2, 3)
     }
-    assert dict(sweep.combinations({"threads": [0]})) == {"as it is": DataRecipe()}
+    assert dict(sweep.combine({"threads": [0]})) == {"as it is": DataRecipe()}
 
 
 def test_the_fastest_is_the_first():
     rounds = {"slow": [{"images": 1.0}, {"images": 2.0}], "fast": [{"images": 3.0}, {"images": 0.5}]}
-    assert list(sweep.fastest_first(rounds)) == ["fast", "slow"]
+    assert list(sweep.sort_fastest_first(rounds)) == ["fast", "slow"]
 
 
 def test_the_command_measures_them(

@@ -48,7 +48,7 @@ def test_pruning_keeps_the_newest_and_the_milestones(tmp_path: Path):
     (tmp_path / ".writing-00000110.pt").write_bytes(b"")
     (tmp_path / "notes.pt").write_bytes(b"mine")
     checkpoint.prune(tmp_path, keep=2, keep_every=40)
-    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path)] == [40, 80, 90, 100]
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path)] == [40, 80, 90, 100]
     assert (tmp_path / "notes.pt").exists()
     assert not list(tmp_path.glob(".writing-*"))
 
@@ -95,7 +95,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_and_no_half_one(tmp_path: Pa
     try:
         good = checkpoint.save(small, 1, state(1.0))
         big = {**state(2.0), "model": {"teacher": {"weight": torch.zeros(10**6)}}}
-        with pytest.raises(UserError, match=r"step 2 could not be written .*free some space"):
+        with pytest.raises(UserError, match=r"step 2 could not be written .*Free some space"):
             checkpoint.save(small, 2, big)
         assert list(small.iterdir()) == [good]
         assert checkpoint.load_newest(small)[0]["step"] == 1

@@ -6,17 +6,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dino_fast.config import (
-    Recipe,
-    UsageError,
-    build_parser,
-    check,
-    differences,
-    read_recipe,
-    settings_of,
-    with_defaults,
-)
-from dino_fast.train import plain
+from dino_fast.config import Recipe, UsageError, build_parser, check, list_settings, read_recipe
+from dino_fast.run.recipe_changes import add_defaults, find_differences, to_plain_data
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
 
@@ -70,13 +61,13 @@ def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path
         ("--crops.local_scale=[0.5,0.1]", "0 < least <= most <= 1"),
         ("--crops.local_scale=0.5", "expected two numbers in brackets"),
         ("--augment.blur_sigma=[0,2]", "augment.blur_sigma"),
-        ("--loss.teacher_temp=0.2", "the teacher must be the sharper one"),
-        ("--data={decode: torch, decode_device: gpu}", "goes with data.decode = dali only (or auto)"),
+        ("--loss.teacher_temp=0.2", "the teacher must be sharper than the student"),
+        ("--data={decode: torch, decode_device: gpu}", "needs data.decode = dali or auto"),
         (
             "--optim.freeze_last_layer_epochs=5 stepz",
             "optim.freeze_last_layer_epochs: expected epochs, such as 100, or a",
         ),
-        ("--epochs=0", "a run of no length"),
+        ("--epochs=0", "a run without a length"),
         ("--optim.warmup_epochs=200", "optim.warmup_epochs = 200 is more than epochs = 100"),
         ("--config=nowhere.yaml", "nowhere.yaml: no such file"),
         ("--lrr=3", "did you mean optim.lr?"),
@@ -104,7 +95,7 @@ def test_wrong_files_are_refused_and_run_nothing(tmp_path: Path, monkeypatch, te
 
 def test_each_setting_says_what_it_is():
     text = " ".join(build_parser("train").format_help().split())
-    names = settings_of(Recipe)
+    names = list_settings(Recipe)
     assert len(names) > 50
     for name in names:
         said = text.split(f"--{name} ")[-1].split("(type:")[0].split("]")[-1]
@@ -112,7 +103,7 @@ def test_each_setting_says_what_it_is():
 
 
 @settings(max_examples=40)  # a parser is built for each
-@given(st.sampled_from(sorted(settings_of(Recipe))), st.floats(-1e3, 1e3))
+@given(st.sampled_from(sorted(list_settings(Recipe))), st.floats(-1e3, 1e3))
 def test_numbers_are_taken_or_refused_but_nothing_else_happens(name: str, value: float):
     try:
         recipe = read_recipe([f"--{name}={value}"])
@@ -124,7 +115,7 @@ def test_numbers_are_taken_or_refused_but_nothing_else_happens(name: str, value:
 
 def test_a_recipe_survives_yaml(tmp_path: Path):
     recipe = read_recipe(["--config", str(CONFIGS[0])])
-    (tmp_path / "again.yaml").write_text(yaml.safe_dump(plain(recipe)))
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_plain_data(recipe)))
     assert read_recipe(["--config", str(tmp_path / "again.yaml")]) == recipe
 
 
@@ -133,12 +124,15 @@ def test_differences_name_what_changes_the_result():
     moved = dataclasses.replace(
         recipe, output="elsewhere", max_steps=5, data=dataclasses.replace(recipe.data, threads=3)
     )
-    assert list(differences(plain(recipe), plain(moved))) == []
+    assert list(find_differences(to_plain_data(recipe), to_plain_data(moved))) == []
     other = dataclasses.replace(moved, seed=1, crops=dataclasses.replace(recipe.crops, locals=2))
-    assert list(differences(plain(recipe), plain(other))) == ["crops.locals: 8 -> 2", "seed: 0 -> 1"]
+    assert list(find_differences(to_plain_data(recipe), to_plain_data(other))) == [
+        "crops.locals: 8 -> 2",
+        "seed: 0 -> 1",
+    ]
 
 
 def test_a_setting_that_a_recipe_did_not_have_yet_is_no_difference():
-    new = {"a": 1, "data": {"order": "global", "window": 8}}
-    old = with_defaults({"a": 2, "data": {"order": "global"}, "gone": 3}, new)
-    assert list(differences(old, new)) == ["a: 2 -> 1", "gone: 3 -> None"]
+    new = {"a": 1, "data": {"order": "global", "shuffle_window": 8}}
+    old = add_defaults({"a": 2, "data": {"order": "global"}, "gone": 3}, new)
+    assert list(find_differences(old, new)) == ["a: 2 -> 1", "gone: 3 -> None"]

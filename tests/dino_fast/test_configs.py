@@ -1,4 +1,4 @@
-"""The recipes in configs/: each holds the published values, but for what its header owns up to; its commands parse."""
+"""The recipes in configs/ have the published values, except where their header says so. Their commands parse."""
 
 import functools
 import re
@@ -12,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from dino_fast.__main__ import main as dino_fast
 from dino_fast.advise.plan import main as plan
-from dino_fast.config import Recipe, look_up, read_recipe, settings_of
+from dino_fast.config import Recipe, list_settings, look_up, read_recipe
 from shards.__main__ import main as make_shards
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "crops.global_size": 224, "crops.global_scale": (0.4, 1.0), "crops.local_size": 96,
     "crops.local_scale": (0.05, 0.4), "crops.locals": 8,
     "augment.flip": 0.5, "augment.jitter": 0.8, "augment.brightness": 0.4, "augment.contrast": 0.4,
-    "augment.saturation": 0.2, "augment.hue": 0.1, "augment.grey": 0.2, "augment.blur_global_1": 1.0,
+    "augment.saturation": 0.2, "augment.hue": 0.1, "augment.grayscale": 0.2, "augment.blur_global_1": 1.0,
     "augment.blur_global_2": 0.1, "augment.blur_locals": 0.5, "augment.blur_sigma": (0.1, 2.0),
     "augment.solarize_global_2": 0.2,
     "batch_size": 8 * 64, "epochs": 100, "precision": "fp16", "seed": 0,
@@ -55,7 +55,7 @@ LIGHTLY = DEFAULTS | {
     "optim.freeze_last_layer_epochs": 0,
 }  # fmt: skip
 
-# What each recipe follows, and all that it does otherwise.
+# The published values that each recipe follows, and all settings in which it differs.
 FOLLOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "resnet50_100ep": (README, {}),
     "resnet50_800ep": (RELEASED, {}),
@@ -78,7 +78,7 @@ FOLLOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-TRIALS = {"debug", "cpu_demo"}  # follow nobody
+TRIALS = {"debug", "cpu_demo"}  # follow no published run
 
 
 @functools.cache
@@ -87,17 +87,17 @@ def recipe_of(stem: str) -> Recipe:
 
 
 def commands(stem: str, title: str) -> list[list[str]]:
-    """The commands of a recipe's header under a title, in words."""
+    """Return the commands of a recipe's header under a title, each as a list of words."""
     text = CONFIGS[stem].read_text(encoding="utf-8").replace("\\\n#", " ")
     return [shlex.split(line) for line in re.findall(rf"^# {title}:(.*)$", text, re.MULTILINE)]
 
 
-def test_every_recipe_is_judged_here():
+def test_every_recipe_is_checked_here():
     assert set(CONFIGS) == set(FOLLOWS) | TRIALS
 
 
 @pytest.mark.parametrize("stem", FOLLOWS)
-def test_a_recipe_is_the_published_one_but_for_what_it_owns_up_to(stem: str):
+def test_a_recipe_differs_from_the_published_one_only_where_it_says_so(stem: str):
     published, otherwise = FOLLOWS[stem]
     recipe = recipe_of(stem)
     differences = {name: look_up(recipe, name) for name in published if look_up(recipe, name) != published[name]}
@@ -108,8 +108,8 @@ def test_a_recipe_is_the_published_one_but_for_what_it_owns_up_to(stem: str):
 
 
 @pytest.mark.parametrize("stem", FOLLOWS)
-def test_a_recipe_states_what_it_hangs_on(stem: str):
-    """So that another default some day does not change it."""
+def test_a_recipe_states_all_settings_that_it_depends_on(stem: str):
+    """A later change of a default then does not change the recipe."""
     written = yaml.safe_load(CONFIGS[stem].read_text(encoding="utf-8"))
     named = {f"{section}.{name}" for section, part in written.items() if isinstance(part, dict) for name in part}
     published, _ = FOLLOWS[stem]
@@ -121,7 +121,7 @@ def test_a_recipe_states_what_it_hangs_on(stem: str):
 
 
 def test_every_published_value_has_a_setting():
-    assert {*DEFAULTS, *README} <= settings_of(Recipe).keys()
+    assert {*DEFAULTS, *README} <= list_settings(Recipe).keys()
 
 
 @pytest.mark.parametrize("stem", CONFIGS)
@@ -147,8 +147,8 @@ def test_the_command_of_a_header_starts_this_recipe(stem: str, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("stem", CONFIGS)
-def test_the_other_commands_of_a_header_are_no_wrong_calls(stem: str, tmp_path: Path, monkeypatch, capsys):
-    """They fail for the files that are not there (1), not for their words (2)."""
+def test_the_other_commands_of_a_header_are_valid_calls(stem: str, tmp_path: Path, monkeypatch, capsys):
+    """They fail because files are missing (status 1), not because a flag is wrong (status 2)."""
     monkeypatch.chdir(tmp_path)
     for program, *words in commands(stem, "Pack"):
         assert program == "make-shards"
@@ -170,7 +170,7 @@ def test_a_recipe_can_be_planned(stem: str, tmp_path: Path, monkeypatch, capsys)
 
 @pytest.mark.parametrize("stem", FOLLOWS)
 def test_flags_in_a_header_are_settings(stem: str):
-    """`--accumulate 1` and the like, between backticks."""
+    """Check flags between backticks, such as `--accumulate 1`."""
     header = CONFIGS[stem].read_text(encoding="utf-8").split("\n\n")[0]
     for flags in re.findall(r"`(--[^`]*)`", header.replace("\n#", " ")):
         read_recipe(["--config", str(CONFIGS[stem]), *shlex.split(flags)])

@@ -15,7 +15,7 @@ from dino_fast.config import UsageError, read_recipe
         (["--crops.local_size=256"], "crops.local_size = 256 is larger than crops.global_size = 224"),
         (["--data.hw_decoder_load=-0.5"], "data.hw_decoder_load = -0.5: expected a share from 0 to 1, or -1"),
         (["--head.batch_norm=true", "--head.layers=1"], "head.batch_norm = True does nothing with head.layers = 1"),
-        (["--loss.teacher_temp=0.07"], "loss.warmup_teacher_temp = 0.04 is never used: give loss.warm"),
+        (["--loss.teacher_temp=0.07"], "loss.warmup_teacher_temp = 0.04 is never used. Give loss.warm"),
         (["--loss.warmup_teacher_temp=0.02"], "or set it to loss.teacher_temp = 0.04"),
         (
             ["--loss.warmup_teacher_temp=0.02", "--loss.warmup_teacher_temp_epochs=0 steps"],
@@ -27,7 +27,7 @@ from dino_fast.config import UsageError, read_recipe
             ["--precision=fp16", "--health.max_skipped=3"],
             "health.max_skipped = 3: fp16 may skip up to 25 steps",
         ),
-        (["--optim.ema_momentum=1"], "optim.ema_momentum = 1.0: the teacher would stay as it began"),
+        (["--optim.ema_momentum=1"], "optim.ema_momentum = 1.0: the teacher would stay as it was at first"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

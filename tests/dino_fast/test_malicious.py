@@ -26,11 +26,12 @@ from PIL import Image
 from dino_fast import checkpoint
 from dino_fast.__main__ import main as dino_fast
 from dino_fast.model.head import HeadRecipe
+from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.run import initial_weights as initial
-from dino_fast.run.initial_weights import initialise
+from dino_fast.run.initial_weights import load_initial_weights
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import TrainStep, build_student_teacher
+from dino_fast.step.train_step import TrainStep
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -141,8 +142,9 @@ def test_checkpoints(tmp_path: Path, marker: Path, write: Callable[[Any], bytes]
         ours = as_checkpoint(run, data)
         for read, path in (
             (checkpoint.load, foreign), (checkpoint.load, ours), (checkpoint.load_newest, run),
-            (lambda path: initialise(step, path), foreign), (lambda path: initialise(step, path), ours),
-            (lambda path: initialise(step, path), run),
+            (lambda path: load_initial_weights(step, path), foreign),
+            (lambda path: load_initial_weights(step, path), ours),
+            (lambda path: load_initial_weights(step, path), run),
         ):  # fmt: skip
             with pytest.raises(UserError, match=str(path)) as caught:
                 read(path)
@@ -154,7 +156,7 @@ def test_what_a_foreign_file_asks_for_is_named(tmp_path: Path, marker: Path) -> 
     path = tmp_path / "dino.pth"
     path.write_bytes(zipped(Weapon(os.system, f"touch {marker}")))
     with pytest.raises(UserError, match=r"dino.pth holds posix.system, which is .* was not executed") as caught:
-        initialise(a_step(), path)
+        load_initial_weights(a_step(), path)
     assert "weights_only" not in str(caught.value)  # torch's advice, to switch it off, is none to pass on
 
 
@@ -163,7 +165,7 @@ def test_settings_that_are_passed_over_do_not_come_to_life(tmp_path: Path) -> No
     settings = {"args": argparse.Namespace(x=1), "path": PosixPath("/x"), "lr": np.float64(3), "a": torch.ones(2)}
     torch.save(settings, tmp_path / "settings.pth")
     read = initial._load(tmp_path / "settings.pth")
-    assert {type(read[name]) for name in ("args", "path", "lr")} == {initial._Unread}
+    assert {type(read[name]) for name in ("args", "path", "lr")} == {initial._Ignored}
     assert [vars(read[name]) for name in ("args", "path", "lr")] == [{}] * 3
     assert torch.equal(read["a"], torch.ones(2))
     assert set(torch.serialization.get_safe_globals()) == allowed  # and are allowed nowhere else
@@ -354,7 +356,7 @@ def test_a_plan_and_parts_that_are_pickles(
     (tainted / ".parts" / "plan.json").write_bytes(weapon)
     capsys.readouterr()
     assert make_shards(["index", str(tainted), "--workers", "1"]) == 1
-    assert "holds another, unfinished packing" in one_line(capsys.readouterr().err)
+    assert "holds another packing, not finished" in one_line(capsys.readouterr().err)
 
 
 def test_a_table_whose_columns_are_of_a_pickled_type(

@@ -187,7 +187,7 @@ def test_a_machine_that_dies_and_comes_back_joins_again(node, run, machines: lis
     rank = first.processes()
     second.kill()
     first.wait_until(lambda: not rank <= first.processes())  # its rank noticed, and its torchrun waits
-    before = [checkpoint.step_of(path) for path in checkpoint.checkpoints(output)]
+    before = [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(output)]
     assert max(before) < 12
     second = node(machines[1], output="killed")
     for job in (first, second):
@@ -354,7 +354,7 @@ def test_a_job_that_runs_out_of_time_goes_on_when_it_starts_again(sbatch, run, t
     job.wait_until(lambda: len(rows_of(output)) >= 4)
     job.send(signal.SIGUSR1)
     assert job.finish() == 1, job.log.read_text()
-    (saved,) = checkpoint.checkpoints(output)
+    (saved,) = checkpoint.list_checkpoints(output)
     assert 4 <= checkpoint.step_of(saved) < 12
     assert f"stopped by a signal after step {checkpoint.step_of(saved)}" in job.log.read_text()
     assert requeued(tmp_path) == 1

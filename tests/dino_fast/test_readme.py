@@ -1,4 +1,4 @@
-"""What the README tells its readers to run in Python."""
+"""The Python code that the documentation tells its readers to run."""
 
 import re
 from pathlib import Path
@@ -9,10 +9,10 @@ from dino_fast.evaluate.features import load_backbone
 from tests.dino_fast.conftest import ROOT
 
 
-def test_the_backbone_comes_out_of_a_checkpoint_as_the_readme_says(train_here, tmp_path: Path, monkeypatch):
+def test_the_backbone_comes_out_of_a_checkpoint_as_the_documentation_says(train_here, tmp_path: Path, monkeypatch):
     output = tmp_path / "runs" / "own_photos"
     assert train_here(output, "--max_steps", "2") == 0
-    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
+    [snippet] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "evaluation.md").read_text(), flags=re.DOTALL)
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(snippet, names)

@@ -52,7 +52,7 @@ def test_a_run_leaves_its_checkpoints_metrics_and_events(train_here, tmp_path: P
         assert 0 <= row["stall"] <= 1
         assert row["images_per_s"] > 0
         assert row["bad_samples"] == 0
-    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / "run")] == [9, 12]
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path / "run")] == [9, 12]
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     state = state_of(tmp_path / "run")
     moved = [
@@ -73,10 +73,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(train_here, tmp_pa
 
 def test_a_finished_run_started_again_changes_nothing(train_here, tmp_path: Path):
     assert train_here(tmp_path / "run", "--max_steps", "3") == 0
-    before = [(path.name, path.stat().st_mtime_ns) for path in checkpoint.checkpoints(tmp_path / "run")]
+    before = [(path.name, path.stat().st_mtime_ns) for path in checkpoint.list_checkpoints(tmp_path / "run")]
     rows = rows_of(tmp_path / "run")
     assert train_here(tmp_path / "run", "--max_steps", "3") == 0
-    assert [(path.name, path.stat().st_mtime_ns) for path in checkpoint.checkpoints(tmp_path / "run")] == before
+    assert [(path.name, path.stat().st_mtime_ns) for path in checkpoint.list_checkpoints(tmp_path / "run")] == before
     assert rows_of(tmp_path / "run") == rows
 
 
@@ -199,14 +199,14 @@ def test_a_run_scores_itself_shows_its_crops_and_begins_with_another(
 def test_milestones_are_saved_and_kept_whatever_else_is(train_here, tmp_path: Path):
     options = ("--checkpoint.every", "4 steps", "--checkpoint.keep", "1", "--checkpoint.keep_every", "1")
     assert train_here(tmp_path / "run", *options) == 0  # five steps an epoch
-    assert [checkpoint.step_of(path) for path in checkpoint.checkpoints(tmp_path / "run")] == [5, 10, 12]
+    assert [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(tmp_path / "run")] == [5, 10, 12]
 
 
 @pytest.mark.slow  # a quick one is in tests/faults/test_disks.py
 def test_a_damaged_checkpoint_is_put_aside_and_the_run_ends_the_same(train_here, tmp_path: Path, capsys):
     assert train_here(tmp_path / "whole") == 0
     assert train_here(tmp_path / "run", "--max_steps", "8") == 0
-    last = checkpoint.checkpoints(tmp_path / "run")[-1]
+    last = checkpoint.list_checkpoints(tmp_path / "run")[-1]
     last.write_bytes(last.read_bytes()[:-1])
     capsys.readouterr()
     assert train_here(tmp_path / "run") == 0

@@ -10,7 +10,7 @@ from dino_fast import checkpoint
 
 def steps_saved(output: Path) -> list[int]:
     """The steps of the checkpoints that are there, oldest first."""
-    return [checkpoint.step_of(path) for path in checkpoint.checkpoints(output)]
+    return [checkpoint.step_of(path) for path in checkpoint.list_checkpoints(output)]
 
 
 def rows_of(output: Path) -> list[dict]:
@@ -32,7 +32,7 @@ def half_written(output: Path) -> dict[str, int]:
 
 def assert_nothing_lost(output: Path, before: list[int]) -> None:
     """Every checkpoint that is there can be read, and none is older than those of `before`."""
-    good = [checkpoint.load(path)["step"] for path in checkpoint.checkpoints(output)]
+    good = [checkpoint.load(path)["step"] for path in checkpoint.list_checkpoints(output)]
     assert good == steps_saved(output)
     assert len(good) >= len(before)
     assert max(good, default=0) >= max(before, default=0)

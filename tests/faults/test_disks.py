@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dino_fast import checkpoint
+from dino_fast.run.checkpoint_writer import CheckpointWriter
 from shards.errors import UserError
 from tests.dino_fast.conftest import ROOT, TINY
 from tests.faults.conftest import Process
@@ -57,7 +58,7 @@ def assert_survives(run: Process, output: Path, full: Callable[[], None], free: 
     assert run.wait_until(lambda: run.steps > told or run.steps == 12)
     free()
     assert run.wait() == 0, run.err
-    assert "; it is tried again in 10 s, and the run goes on" in run.out
+    assert ". It is tried again in 10 s, and the run goes on." in run.out
     assert "dino-fast" not in run.err  # TensorBoard's thread may have its say
 
 
@@ -130,7 +131,7 @@ def test_what_a_kill_left_half_written_does_not_stand_in_the_way(tmp_path: Path,
         saved(*arguments)
 
     monkeypatch.setattr(checkpoint.torch, "save", watch)
-    writer = checkpoint.Writer(tmp_path, keep=2, keep_every=0, say=print)
+    writer = CheckpointWriter(tmp_path, keep=2, keep_every=0, say=print)
     writer.save(4, state(4.0))
     writer.close()
     assert seen == [1]
@@ -155,14 +156,14 @@ def test_damaged_checkpoints_are_passed_over_and_the_run_ends_the_same(train_her
     """One bit, one byte, all of it: each stands for a disk's way to lose what it had."""
     output, every = tmp_path / "run", ("--checkpoint.every", "1 step", "--checkpoint.keep", "4")
     assert train_here(output, *every, "--max_steps", "5") == 0
-    good, *damaged = checkpoint.checkpoints(output)
+    good, *damaged = checkpoint.list_checkpoints(output)
     for damage, path in zip((flip, truncate, empty), damaged, strict=True):
         damage(path)
     capsys.readouterr()
     assert train_here(output, *every, "--max_steps", "7") == 0
     printed = capsys.readouterr().out
     for path in damaged:
-        assert f"{path} is damaged: put aside, and the one before is used" in printed
+        assert f"{path} is damaged and was renamed to damaged-{path.name}. An older checkpoint is used" in printed
         assert (output / f"damaged-{path.name}").exists()
     assert checkpoint.step_of(good) == 2
     assert "resumed from step 2 of" in printed
@@ -173,7 +174,7 @@ def test_damaged_checkpoints_are_passed_over_and_the_run_ends_the_same(train_her
 
 def test_where_all_are_damaged_the_run_says_so_and_touches_nothing(train_here, tmp_path: Path, capsys):
     assert train_here(tmp_path / "run", "--max_steps", "1") == 0
-    [path] = checkpoint.checkpoints(tmp_path / "run")
+    [path] = checkpoint.list_checkpoints(tmp_path / "run")
     flip(path)
     before = path.read_bytes()
     capsys.readouterr()

@@ -109,7 +109,8 @@ import sys
 
 import torch
 
-from dino_fast.train import leave, main
+from dino_fast.run.command import exit_process
+from dino_fast.train import main
 from pipelines.loader import Loader
 
 whole, came = Loader.batches, []
@@ -124,7 +125,7 @@ def batches(loader, start, stop):
 
 
 Loader.batches = batches
-leave(main(sys.argv[1:]))
+exit_process(main(sys.argv[1:]))
 """
 
 

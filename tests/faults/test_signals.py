@@ -9,7 +9,7 @@ from signal import SIGCONT, SIGSTOP, SIGTERM, SIGUSR1
 
 import pytest
 
-from dino_fast.run.signals import PREEMPTED
+from dino_fast.run.signals import STOPPED_BY_SIGNAL
 from tests.faults.conftest import Process
 from tests.faults.runs import (
     assert_as_if_nothing_had_happened,
@@ -21,15 +21,15 @@ from tests.faults.runs import (
 
 # A run that no chain of signals comes to the end of: --max_steps ends it.
 ENDLESS = ("--epochs", "10000", "--checkpoint.every", "100000 steps", "--max_steps")
-LINE = r"dino-fast train: stopped by a signal after step (\d+); the same command again goes on"
+LINE = r"dino-fast train: stopped by a signal after step (\d+)\. The same command again resumes\."
 
 
-AT_ONCE = "dino-fast train: stopped by a signal while no step was running; the same command again goes on\n"
+AT_ONCE = "dino-fast train: stopped by a signal while no step was running. The same command again resumes.\n"
 
 
 def assert_stopped(run: Process, output: Path, at_most: int) -> None:
     """The process has ended as one that was told to: at_most: steps that it may have done."""
-    assert run.wait() == PREEMPTED, run.err
+    assert run.wait() == STOPPED_BY_SIGNAL, run.err
     said = re.fullmatch(LINE + r"\n", run.err)
     assert said, run.err
     step = int(said[1])
@@ -70,7 +70,7 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(start, train_here, 
     run = start("--max_steps", "2")
     assert run.wait_until(output.is_dir)
     run.tell(SIGTERM)
-    assert run.wait() == PREEMPTED
+    assert run.wait() == STOPPED_BY_SIGNAL
     assert run.err == AT_ONCE
     assert not rows_of(output)
     assert train_here(output, "--max_steps", "2") == 0
@@ -83,7 +83,7 @@ def test_a_rank_that_waits_for_another_ends_at_once(start):
     assert waiting.wait_until(lambda: waiting.catches(SIGTERM))
     time.sleep(1)
     waiting.tell(SIGTERM)
-    assert waiting.wait(10) == PREEMPTED
+    assert waiting.wait(10) == STOPPED_BY_SIGNAL
     assert waiting.err == AT_ONCE
 
 

@@ -8,8 +8,8 @@ from shards.__main__ import main as make_shards
 from shards.index import ShardIndex
 
 
-def write_pictures(folder: Path, classes: int = 3, per_class: int = 14) -> None:
-    """Class folders of JPEG files of 40 to 200 pixels a side, with smooth colours and some noise."""
+def write_images(folder: Path, classes: int = 3, per_class: int = 14) -> None:
+    """Write class folders of JPEG files of 40 to 200 pixels a side, with smooth colors and some noise."""
     for label in range(classes):
         (folder / f"class_{label}").mkdir(parents=True)
         for number in range(per_class):
@@ -23,9 +23,9 @@ def write_pictures(folder: Path, classes: int = 3, per_class: int = 14) -> None:
 
 @pytest.fixture(scope="session")
 def shard_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """42 pictures in three classes, packed into several shards. Not to be changed."""
+    """42 images in three classes, packed into several shards. Not to be changed."""
     folder = tmp_path_factory.mktemp("packed")
-    write_pictures(folder / "images")
+    write_images(folder / "images")
     arguments = ["pack", str(folder / "images"), str(folder / "shards"), "--shard-size", "100kB", "--workers", "1"]
     assert make_shards(arguments) == 0
     return folder / "shards"

@@ -1,16 +1,16 @@
-"""Memory is used again when nobody looks into it, and not before."""
+"""Memory is used again when its last tensor is gone, and not before."""
 
 import gc
 
 import pytest
 import torch
 
-from pipelines.buffers import Buffers
+from pipelines.buffers import BufferPool
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
-def test_memory_comes_back_with_the_last_view_of_it(dtype: torch.dtype) -> None:
-    buffers = Buffers(spare=2)
+def test_memory_is_used_again_when_its_last_view_is_gone(dtype: torch.dtype) -> None:
+    buffers = BufferPool(spare=2)
     first = buffers.empty((4, 5, 3), dtype)
     assert first.shape == (4, 5, 3)
     assert first.dtype == dtype
@@ -24,7 +24,7 @@ def test_memory_comes_back_with_the_last_view_of_it(dtype: torch.dtype) -> None:
 
 
 def test_no_more_than_the_spare_blocks_are_kept() -> None:
-    buffers = Buffers(spare=2)
+    buffers = BufferPool(spare=2)
     lent = [buffers.empty((1 << 10,), torch.float32) for _ in range(5)]
     places = {tensor.data_ptr() for tensor in lent}
     del lent
@@ -33,7 +33,7 @@ def test_no_more_than_the_spare_blocks_are_kept() -> None:
     assert {buffers.empty((1 << 10,), torch.float32).data_ptr()} <= places
 
 
-def test_what_is_lent_outlives_the_lender() -> None:
-    tensor = Buffers(spare=1).empty((3,), torch.float32).fill_(5)
+def test_a_tensor_outlives_its_pool() -> None:
+    tensor = BufferPool(spare=1).empty((3,), torch.float32).fill_(5)
     gc.collect()
     assert tensor.tolist() == [5, 5, 5]

@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from pipelines.crops import CropRecipe, central_window, random_resized_crop, windows
+from pipelines.crops import CropRecipe, center_window, draw_windows, random_resized_crop
 
 SHAPES = [(333, 500), (500, 333), (224, 224), (100, 900), (60, 40)]
 
 
-def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """The two-sample Kolmogorov–Smirnov statistic."""
+def measure_ks_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Return the two-sample Kolmogorov–Smirnov statistic."""
     grid = np.sort(np.concatenate([a, b]))
     return float(np.abs(np.searchsorted(np.sort(a), grid, "right") / len(a)
                         - np.searchsorted(np.sort(b), grid, "right") / len(b)).max())  # fmt: skip
@@ -21,10 +21,10 @@ def ks_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 @pytest.mark.parametrize("scale", [(0.05, 0.14), (0.14, 1.0)])
-def test_windows_follow_torchvisions_law(height, width, scale):
+def test_windows_have_torchvisions_distribution(height, width, scale):
     count = 4000
     recipe = CropRecipe(global_scale=scale, locals=0)
-    ours = windows(recipe, 3, 0, np.arange(count), np.full(count, height), np.full(count, width))[0]
+    ours = draw_windows(recipe, 3, 0, np.arange(count), np.full(count, height), np.full(count, width))[0]
     torch.manual_seed(0)
     blank = torch.empty(1, height, width)
     theirs = np.array([RandomResizedCrop.get_params(blank, scale, (3 / 4, 4 / 3)) for _ in range(count)])
@@ -36,12 +36,12 @@ def test_windows_follow_torchvisions_law(height, width, scale):
     }
     limit = 1.95 * math.sqrt(2 / count)  # p = 0.001
     for name, measure in measures.items():
-        assert ks_distance(measure(ours), measure(theirs)) < limit, name
+        assert measure_ks_distance(measure(ours), measure(theirs)) < limit, name
 
 
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), ids=st.integers(0, 10**9))
-def test_windows_lie_inside_the_picture(height, width, ids):
-    found = windows(CropRecipe(locals=3), 0, 1, np.array([ids]), np.array([height]), np.array([width]))
+def test_windows_lie_inside_the_image(height, width, ids):
+    found = draw_windows(CropRecipe(locals=3), 0, 1, np.array([ids]), np.array([height]), np.array([width]))
     assert found.shape == (5, 1, 4)
     top, left, tall, wide = np.moveaxis(found, -1, 0)
     assert (tall >= 1).all()
@@ -53,11 +53,11 @@ def test_windows_lie_inside_the_picture(height, width, ids):
 
 
 @given(height=st.integers(1, 4000), width=st.integers(1, 4000))
-def test_the_fallback_is_torchvisions(height, width):
+def test_the_fallback_agrees_with_torchvision(height, width):
     # Every try fails where ten times the whole area is asked for.
     expected = RandomResizedCrop.get_params(torch.empty(1, height, width), (10.0, 10.0), (3 / 4, 4 / 3))
     if min(height, width) == 1 and max(height, width) == 1:
-        assert central_window(np.array([1]), np.array([1])).tolist() == [[0, 0, 1, 1]]
+        assert center_window(np.array([1]), np.array([1])).tolist() == [[0, 0, 1, 1]]
         return
     draws = np.full((1, 1, 22), 0.5)
     found = random_resized_crop(draws, np.full((1, 1, 2), 10.0), np.array([height]), np.array([width]))
@@ -67,8 +67,8 @@ def test_the_fallback_is_torchvisions(height, width):
 def test_a_window_depends_on_seed_epoch_sample_and_view_alone():
     recipe, ids = CropRecipe(locals=6), np.arange(50)
     sizes = np.full(50, 400), np.full(50, 500)
-    found = windows(recipe, 0, 0, ids, *sizes)
-    assert np.array_equal(found[:, 20:30], windows(recipe, 0, 0, ids[20:30], sizes[0][:10], sizes[1][:10]))
+    found = draw_windows(recipe, 0, 0, ids, *sizes)
+    assert np.array_equal(found[:, 20:30], draw_windows(recipe, 0, 0, ids[20:30], sizes[0][:10], sizes[1][:10]))
     assert len({tuple(window) for window in found.reshape(-1, 4)}) == found.size // 4
-    for other in (windows(recipe, 1, 0, ids, *sizes), windows(recipe, 0, 1, ids, *sizes)):
+    for other in (draw_windows(recipe, 1, 0, ids, *sizes), draw_windows(recipe, 0, 1, ids, *sizes)):
         assert (other != found).any(-1).mean() > 0.99

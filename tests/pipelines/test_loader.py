@@ -1,4 +1,4 @@
-"""Batches as pure functions of (index, recipe, seed, step, rank), and what happens to bad samples."""
+"""Batches are pure functions of (index, recipe, seed, step, rank), and bad samples are replaced and reported."""
 
 import shutil
 import threading
@@ -15,7 +15,7 @@ from pipelines.photometric import PhotometricRecipe
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
-from tests.pipelines.conftest import write_pictures
+from tests.pipelines.conftest import write_images
 from tests.shards.manifests import forge
 
 CROPS = CropRecipe(global_size=48, local_size=32, locals=2)
@@ -35,7 +35,7 @@ def build(
     )  # fmt: skip
 
 
-def same(one: Batch, other: Batch) -> bool:
+def is_same(one: Batch, other: Batch) -> bool:
     return (
         one.step == other.step
         and np.array_equal(one.ids, other.ids)
@@ -60,20 +60,20 @@ def test_batches_have_their_shape_layout_and_dtype(index: ShardIndex, decode: st
 
 
 @pytest.mark.parametrize(
-    "data", [{"decode": "dali"}, {"decode": "torch"}, {"decode": "torch", "order": "shards", "window": 2}]
+    "data", [{"decode": "dali"}, {"decode": "torch"}, {"decode": "torch", "order": "shards", "shuffle_window": 2}]
 )
 def test_a_run_resumed_at_any_step_sees_the_same_batches(index: ShardIndex, data: dict):
     whole = load(index, 0, 12, **data)  # over two epochs' ends
     for start in (1, 5, 9):
         part = load(index, start, 12, prefetch=start, **data)
-        assert all(same(one, other) for one, other in zip(whole[start:], part, strict=True))
+        assert all(is_same(one, other) for one, other in zip(whole[start:], part, strict=True))
 
 
 @pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("order", ["global", "shards"])
 def test_the_union_of_the_ranks_is_the_global_batch(index: ShardIndex, world: int, order: str):
-    whole = load(index, 4, 7, order=order, window=2)
-    shares = [load(index, 4, 7, rank=rank, world=world, order=order, window=2) for rank in range(world)]
+    whole = load(index, 4, 7, order=order, shuffle_window=2)
+    shares = [load(index, 4, 7, rank=rank, world=world, order=order, shuffle_window=2) for rank in range(world)]
     for number, batch in enumerate(whole):
         parts = [share[number] for share in shares]
         assert np.array_equal(np.concatenate([part.ids for part in parts]), batch.ids)
@@ -92,7 +92,9 @@ def test_views_epochs_and_seeds_differ(index: ShardIndex):
 
 
 def test_dali_and_torch_differ_by_less_than_a_level(index: ShardIndex):
-    plain = PhotometricRecipe(jitter=0, grey=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0)
+    plain = PhotometricRecipe(
+        jitter=0, grayscale=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0
+    )
     batches = []
     for decode in ("dali", "torch"):
         data = DataRecipe(threads=2, decode=decode)
@@ -108,9 +110,11 @@ def test_no_local_views(index: ShardIndex):
     assert batch.globals.shape == (16, 3, 32, 32)
 
 
-def damaged_copy(shard_folder: Path, tmp_path: Path, ids: list[int], keep_crc: bool = False) -> Path:
-    """A copy whose samples `ids` are zeroed from their middle on: with a wrong crc, or (`keep_crc`) an updated one, as
-    if they had been packed so."""
+def damage_copy(shard_folder: Path, tmp_path: Path, ids: list[int], keep_crc: bool = False) -> Path:
+    """Copy the shards, and overwrite the samples `ids` with zeros. Returns the copy's folder.
+
+    Their crc32 is then wrong, or with `keep_crc` right, as if they had been packed like this.
+    """
     import hashlib
     import json
     import zlib
@@ -139,15 +143,15 @@ def test_bad_samples_are_replaced_by_rule_and_reported(
 ):
     whole = load(index, 0, 5, decode=decode)
     bad = [int(whole[1].ids[2]), int(whole[1].ids[5]), int(whole[3].ids[0])]
-    with ShardIndex(damaged_copy(shard_folder, tmp_path, bad, keep_crc)) as damaged:
+    with ShardIndex(damage_copy(shard_folder, tmp_path, bad, keep_crc)) as damaged:
         loader = build(damaged, decode=decode)
         found = list(loader.batches(0, 5))
         again = load(damaged, 1, 2, decode=decode)
-    assert set(loader.bad) == set(bad)
+    assert set(loader.bad_samples) == set(bad)
     for number in bad:
-        assert ".tar, key " in loader.bad[number]
-        assert "offset " in loader.bad[number]
-    assert same(found[1], again[0])
+        assert ".tar, key " in loader.bad_samples[number]
+        assert "offset " in loader.bad_samples[number]
+    assert is_same(found[1], again[0])
     for one, other in zip(whole, found, strict=True):
         replaced = np.isin(one.ids, bad)
         assert np.array_equal(one.ids[~replaced], other.ids[~replaced])
@@ -159,8 +163,8 @@ def test_bad_samples_are_replaced_by_rule_and_reported(
 
 
 @pytest.mark.parametrize("batch", [8, 64])
-def test_what_was_packed_unchecked_is_judged_before_dali_may_crash_on_it(tmp_path: Path, batch: int):
-    write_pictures(tmp_path / "images", per_class=24)
+def test_unchecked_images_are_validated_before_dali_may_crash_on_them(tmp_path: Path, batch: int):
+    write_images(tmp_path / "images", per_class=24)
     for path in sorted(tmp_path.rglob("007.jpg")):
         path.write_bytes(path.read_bytes()[:-200])
     pack = ["pack", str(tmp_path / "images"), str(tmp_path / "shards"), "--check", "header", "--workers", "1"]
@@ -170,40 +174,42 @@ def test_what_was_packed_unchecked_is_judged_before_dali_may_crash_on_it(tmp_pat
         found = list(loader.batches(0, 72 // batch))
         assert not build(index, decode="torch").notes
     assert len(found) == 72 // batch
-    assert 1 <= len(loader.bad) <= 3
-    assert all("key 0000000" in report and "image file is truncated" in report for report in loader.bad.values())
-    assert not np.isin(np.concatenate([one.ids for one in found]), list(loader.bad)).any()
+    assert 1 <= len(loader.bad_samples) <= 3
+    assert all(
+        "key 0000000" in report and "image file is truncated" in report for report in loader.bad_samples.values()
+    )
+    assert not np.isin(np.concatenate([one.ids for one in found]), list(loader.bad_samples)).any()
     assert "--check header" in loader.notes[0]
 
 
 def test_too_many_bad_samples_stop_the_run(shard_folder: Path, tmp_path: Path):
-    with ShardIndex(damaged_copy(shard_folder, tmp_path, list(range(20)))) as damaged:
+    with ShardIndex(damage_copy(shard_folder, tmp_path, list(range(20)))) as damaged:
         loader = build(damaged, max_bad_samples=3)
-        with pytest.raises(UserError, match=r"more than --data.max_bad_samples; the last: .*make-shards check"):
+        with pytest.raises(UserError, match=r"more than --data.max_bad_samples 3\. The last .*make-shards check"):
             list(loader.batches(0, 5))
 
 
-def test_nothing_readable_is_an_error_and_no_endless_search(shard_folder: Path, tmp_path: Path):
-    with ShardIndex(damaged_copy(shard_folder, tmp_path, list(range(42)))) as damaged:
+def test_without_a_readable_sample_the_search_ends_with_an_error(shard_folder: Path, tmp_path: Path):
+    with ShardIndex(damage_copy(shard_folder, tmp_path, list(range(42)))) as damaged:
         loader = build(damaged, batch=42, max_bad_samples=60)
-        with pytest.raises(UserError, match="no readable substitute"):
+        with pytest.raises(UserError, match="no readable sample was found"):
             list(loader.batches(0, 1))
 
 
 @pytest.mark.parametrize("decode", ["dali", "torch"])
-def test_storage_that_does_not_answer_is_no_bad_sample(shard_folder: Path, tmp_path: Path, decode: str):
+def test_missing_storage_is_an_error_and_not_a_bad_sample(shard_folder: Path, tmp_path: Path, decode: str):
     folder = shutil.copytree(shard_folder, tmp_path / "going")
     with ShardIndex(folder) as index:
         loader = build(index, decode=decode)
         for path in folder.glob("*.tar"):
             path.unlink()
-        with pytest.raises(UserError, match="see to the storage"):
+        with pytest.raises(UserError, match="Check the storage"):
             list(loader.batches(0, 1))
-        assert not loader.bad
+        assert not loader.bad_samples
 
 
 def test_a_gpu_decoder_needs_a_gpu(index: ShardIndex):
-    with pytest.raises(UserError, match="not on a GPU"):
+    with pytest.raises(UserError, match="needs a run on a GPU"):
         build(index, decode_device="gpu")
 
 
@@ -224,22 +230,22 @@ def test_a_loader_left_early_leaves_no_threads(index: ShardIndex):
     assert threading.active_count() <= before + 2  # the decoder's idle pool goes with its last reference
 
 
-def test_figures_count_since_they_were_last_asked_for(index: ShardIndex):
+def test_figures_count_from_the_last_reading(index: ShardIndex):
     loader = build(index, decode="torch", prefetch=3)
     batches = loader.batches(0, 10)
     read = 0
     for _ in range(5):
         read += sum(int(index.records["size"][number]) for number in next(batches).ids)
-    first = loader.figures()
+    first = loader.read_figures()
     assert first.read_bytes >= read  # some is read ahead
     assert first.stall > 0  # the first batch had to be made
     assert 0 <= first.requests_ready <= 3
     assert 0 <= first.batches_ready <= 3
     list(batches)
-    second = loader.figures()
+    second = loader.read_figures()
     sizes = index.records["size"][np.concatenate([loader.order.ids(step) for step in range(10)])]
     assert first.read_bytes + second.read_bytes == sizes.sum()
-    assert loader.figures().read_bytes == 0
+    assert loader.read_figures().read_bytes == 0
 
 
 def test_a_shard_that_is_damaged_while_it_is_read_is_replaced_and_reported(shard_folder: Path, tmp_path: Path):
@@ -256,9 +262,9 @@ def test_a_shard_that_is_damaged_while_it_is_read_is_replaced_and_reported(shard
                 file.write(bytes(int(index.records["size"][number])))
         rest = list(batches)
     assert len(rest) == 19
-    assert set(loader.bad) == set(lost.tolist())
+    assert set(loader.bad_samples) == set(lost.tolist())
     assert not np.isin(np.concatenate([batch.ids for batch in rest[6:]]), lost).any()
-    assert all(path.name in report and "crc32 differs" in report for report in loader.bad.values())
+    assert all(path.name in report and "crc32 differs" in report for report in loader.bad_samples.values())
 
 
 @pytest.mark.parametrize("decode", ["dali", "torch"])
@@ -279,21 +285,21 @@ def test_shards_from_a_store_are_copied_and_give_the_same_batches(
     index: ShardIndex, shard_folder: Path, tmp_path: Path
 ):
     pytest.importorskip("fsspec")
-    local = load(index, 0, 12, order="shards", window=2, decode="torch")
+    local = load(index, 0, 12, order="shards", shuffle_window=2, decode="torch")
     cache = tmp_path / "copies"
     data = DataRecipe(
-        train=f"file://{shard_folder}", order="shards", window=2, cache=str(cache), threads=2, decode="torch"
+        train=f"file://{shard_folder}", order="shards", shuffle_window=2, cache=str(cache), threads=2, decode="torch"
     )
     with open_index(data) as far:
         loader = Loader(
             far, data, CROPS, PhotometricRecipe(), batch=8, seed=0, device=torch.device("cpu"), dtype=torch.float32
         )
-        assert all(same(one, other) for one, other in zip(local, loader.batches(0, 12), strict=True))
+        assert all(is_same(one, other) for one, other in zip(local, loader.batches(0, 12), strict=True))
         assert not loader.notes
     assert list(cache.iterdir())
 
 
-def test_single_samples_from_a_store_are_slow_and_that_is_said(shard_folder: Path):
+def test_single_samples_from_a_store_are_slow_and_noted(shard_folder: Path):
     pytest.importorskip("fsspec")
     with open_index(DataRecipe(train=f"file://{shard_folder}")) as far:
         loader = build(far, decode="torch")
@@ -303,6 +309,7 @@ def test_single_samples_from_a_store_are_slow_and_that_is_said(shard_folder: Pat
 
 def test_closing_while_the_storage_is_stuck_does_not_take_long(index: ShardIndex, monkeypatch: pytest.MonkeyPatch):
     release, read = threading.Event(), index.read
+    monkeypatch.setattr("pipelines.prefetch._JOIN_SECONDS", 0.5)
     monkeypatch.setattr(index, "read", lambda ids: read(ids) if not stuck.is_set() else release.wait() and [])
     stuck = threading.Event()
     batches = build(index, decode="torch", prefetch=1).batches(0, 1000)
@@ -315,11 +322,11 @@ def test_closing_while_the_storage_is_stuck_does_not_take_long(index: ShardIndex
     release.set()
 
 
-def test_figures_begin_anew_with_a_second_start(index: ShardIndex):
+def test_figures_start_again_with_a_second_run(index: ShardIndex):
     loader = build(index, decode="torch")
     for _ in range(2):
         list(loader.batches(0, 8))
-        figures = loader.figures()
+        figures = loader.read_figures()
         assert figures.requests_ready >= 0
         assert figures.batches_ready >= 0
         assert figures.read_bytes > 0

@@ -8,17 +8,17 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
 from pipelines import photometric as ph
-from tests.pipelines.pictures import some_pictures
+from tests.pipelines.images import make_images
 
 
-def one_by_one(operation, pictures: Tensor, values) -> Tensor:
-    """torchvision, a picture at a time: uint8 [B, S, S, 3]."""
-    changed = [operation(p.permute(2, 0, 1), float(v)).permute(1, 2, 0) for p, v in zip(pictures, values, strict=True)]
+def apply_one_by_one(operation, images: Tensor, values) -> Tensor:
+    """Apply a function of torchvision to one image at a time: uint8 [B, S, S, 3]."""
+    changed = [operation(p.permute(2, 0, 1), float(v)).permute(1, 2, 0) for p, v in zip(images, values, strict=True)]
     return torch.stack(changed)
 
 
-def levels_apart(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
-    """The largest difference, and the share of values that differ at all."""
+def compare_levels(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
+    """Return the largest difference, and the share of values that differ at all."""
     apart = (ours.int() - theirs.int()).abs()
     return int(apart.max()), float((apart > 0).float().mean())
 
@@ -26,135 +26,135 @@ def levels_apart(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
 @pytest.mark.parametrize(
     ("ours", "theirs", "low", "high", "share"),
     [
-        (ph.brightness, F.adjust_brightness, 0.0, 2.0, 0.0),
-        (ph.contrast, F.adjust_contrast, 0.0, 2.0, 1e-4),
-        (ph.saturation, F.adjust_saturation, 0.0, 2.0, 1e-3),
-        (ph.hue, F.adjust_hue, -0.5, 0.5, 1e-4),
+        (ph.adjust_brightness, F.adjust_brightness, 0.0, 2.0, 0.0),
+        (ph.adjust_contrast, F.adjust_contrast, 0.0, 2.0, 1e-4),
+        (ph.adjust_saturation, F.adjust_saturation, 0.0, 2.0, 1e-3),
+        (ph.adjust_hue, F.adjust_hue, -0.5, 0.5, 1e-4),
         (ph.gaussian_blur, lambda p, s: F.gaussian_blur(p, [15, 15], [s, s]), 0.1, 2.3, 1e-3),
     ],
 )
-def test_each_operation_is_torchvisions(ours, theirs, low, high, share):
-    pictures = some_pictures(16, 48)
+def test_each_operation_agrees_with_torchvision(ours, theirs, low, high, share):
+    images = make_images(16, 48)
     values = np.random.default_rng(1).uniform(low, high, 16)
-    largest, different = levels_apart(ours(pictures, values), one_by_one(theirs, pictures, values))
+    largest, different = compare_levels(ours(images, values), apply_one_by_one(theirs, images, values))
     assert largest <= 1
     assert different <= share
 
 
-def test_grey_and_solarize_are_torchvisions():
-    pictures = some_pictures(8, 40)
-    grey = one_by_one(lambda p, _: F.rgb_to_grayscale(p, 3), pictures, range(8))
-    solarized = one_by_one(lambda p, _: F.solarize(p, 128), pictures, range(8))
-    assert torch.equal(ph.grey(pictures), grey)
-    assert torch.equal(ph.solarize(pictures), solarized)
+def test_grayscale_and_solarize_agree_with_torchvision():
+    images = make_images(8, 40)
+    gray = apply_one_by_one(lambda p, _: F.rgb_to_grayscale(p, 3), images, range(8))
+    solarized = apply_one_by_one(lambda p, _: F.solarize(p, 128), images, range(8))
+    assert torch.equal(ph.to_grayscale(images), gray)
+    assert torch.equal(ph.solarize(images), solarized)
 
 
-def test_blur_is_near_pillows():
-    pictures = some_pictures(12, 64)
+def test_blur_is_close_to_pillows():
+    images = make_images(12, 64)
     sigma = np.random.default_rng(2).uniform(0.1, 2.0, 12)
     pillow = [
         np.asarray(Image.fromarray(p.numpy()).filter(ImageFilter.GaussianBlur(float(s))), np.int32)
-        for p, s in zip(pictures, sigma, strict=True)
+        for p, s in zip(images, sigma, strict=True)
     ]
-    assert np.abs(ph.gaussian_blur(pictures, sigma).numpy() - np.stack(pillow)).mean() < 1.0
+    assert np.abs(ph.gaussian_blur(images, sigma).numpy() - np.stack(pillow)).mean() < 1.0
 
 
-def torchvision_chain(picture: Tensor, colours: ph.Colours, place: int) -> Tensor:
-    """One picture [S, S, 3] through torchvision's own functions, in the parameters' order."""
-    p = picture.permute(2, 0, 1)
-    p = F.horizontal_flip(p) if colours.flip[place] else p
+def apply_torchvision_chain(image: Tensor, parameters: ph.AugmentParameters, place: int) -> Tensor:
+    """Apply torchvision's own functions to one image [S, S, 3], in the order of the parameters."""
+    p = image.permute(2, 0, 1)
+    p = F.horizontal_flip(p) if parameters.flip[place] else p
     steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
-    for operation in colours.order[place] if colours.jitter[place] else ():
-        p = steps[operation](p, float(colours.factor[place, operation]))
-    p = F.rgb_to_grayscale(p, 3) if colours.grey[place] else p
-    sigma = float(colours.sigma[place])
+    for operation in parameters.order[place] if parameters.jitter[place] else ():
+        p = steps[operation](p, float(parameters.factor[place, operation]))
+    p = F.rgb_to_grayscale(p, 3) if parameters.grayscale[place] else p
+    sigma = float(parameters.blur_sigma[place])
     p = F.gaussian_blur(p, [15, 15], [sigma, sigma]) if sigma > 0 else p
-    return (F.solarize(p, 128) if colours.solarize[place] else p).permute(1, 2, 0)
+    return (F.solarize(p, 128) if parameters.solarize[place] else p).permute(1, 2, 0)
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32), view=st.integers(0, 3), side=st.sampled_from([16, 33, 48]))
-def test_a_whole_view_is_torchvisions_chain(seed, view, side):
-    pictures = some_pictures(12, side, seed % 1000)
-    before = pictures.clone()
-    colours = ph.draw_colours(ph.PhotometricRecipe(), seed, 0, np.arange(12), 4)[view]
-    ours = ph.apply_colours(pictures, colours)
-    assert torch.equal(pictures, before)
-    theirs = torch.stack([torchvision_chain(pictures[place], colours, place) for place in range(12)])
+def test_a_whole_view_agrees_with_torchvisions_chain(seed, view, side):
+    images = make_images(12, side, seed % 1000)
+    before = images.clone()
+    parameters = ph.draw_augment_parameters(ph.PhotometricRecipe(), seed, 0, np.arange(12), 4)[view]
+    ours = ph.augment_levels(images, parameters)
+    assert torch.equal(images, before)
+    theirs = torch.stack([apply_torchvision_chain(images[place], parameters, place) for place in range(12)])
     apart = (ours.int() - theirs.int()).abs()
     # One level early in the chain can be amplified: by contrast and hue to a few levels, by the threshold of
-    # solarising to the whole range, in single pixels.
+    # solarize to the whole range, in single pixels.
     assert (apart > 1).float().mean() < 1e-3
 
 
-def test_augment_normalises_and_does_not_depend_on_the_batch(monkeypatch):
-    pictures = torch.stack([some_pictures(10, 32), some_pictures(10, 32, 1)], 1)
-    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(10), 4)[2:]
+def test_augment_normalizes_and_does_not_depend_on_the_batch(monkeypatch):
+    images = torch.stack([make_images(10, 32), make_images(10, 32, 1)], 1)
+    parameters = ph.draw_augment_parameters(ph.PhotometricRecipe(), 0, 0, np.arange(10), 4)[2:]
     whole = torch.empty(20, 3, 32, 32).contiguous(memory_format=torch.channels_last)
-    ph.augment(pictures, colours, whole)
-    levels = torch.cat([ph.apply_colours(pictures[:, view], colours[view]) for view in range(2)])
+    ph.augment(images, parameters, whole)
+    levels = torch.cat([ph.augment_levels(images[:, view], parameters[view]) for view in range(2)])
     expected = F.normalize(levels.permute(0, 3, 1, 2).double() / 255, list(ph.MEAN), list(ph.STD))
     assert torch.allclose(whole.double(), expected, atol=1e-6)
     monkeypatch.setattr(ph, "CHUNK_PIXELS", 3 * 32 * 32)
     parts = torch.empty_like(whole)
-    ph.augment(pictures, colours, parts)
+    ph.augment(images, parameters, parts)
     assert torch.equal(whole, parts)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
 def test_half_precision_batches_are_the_rounded_ones(dtype, tolerance):
-    pictures = some_pictures(4, 16)
+    images = make_images(4, 16)
     exact, half = torch.empty(4, 3, 16, 16), torch.empty(4, 3, 16, 16, dtype=dtype)
-    ph.normalise(pictures, exact)
-    ph.normalise(pictures, half)
+    ph.normalize(images, exact)
+    ph.normalize(images, half)
     assert ((half.float() - exact).abs() <= tolerance * exact.abs() + 1e-6).all()
 
 
 def test_parameters_follow_the_recipe():
     count = 20000
-    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(count), 4)
+    parameters = ph.draw_augment_parameters(ph.PhotometricRecipe(), 0, 0, np.arange(count), 4)
     near = 4 * 0.5 / np.sqrt(count)
-    assert abs(colours.flip.mean() - 0.5) < near
-    assert abs(colours.jitter.mean() - 0.8) < near
-    assert abs(colours.grey.mean() - 0.2) < near
-    assert np.abs((colours.sigma > 0).mean(1) - [1.0, 0.1, 0.5, 0.5]).max() < near
-    assert np.abs(colours.solarize.mean(1) - [0, 0.2, 0, 0]).max() < near
+    assert abs(parameters.flip.mean() - 0.5) < near
+    assert abs(parameters.jitter.mean() - 0.8) < near
+    assert abs(parameters.grayscale.mean() - 0.2) < near
+    assert np.abs((parameters.blur_sigma > 0).mean(1) - [1.0, 0.1, 0.5, 0.5]).max() < near
+    assert np.abs(parameters.solarize.mean(1) - [0, 0.2, 0, 0]).max() < near
     for operation, (low, high) in enumerate([(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)]):
-        factor = np.sort(colours.factor[0, :, operation])
+        factor = np.sort(parameters.factor[0, :, operation])
         assert low <= factor[0] < low + 0.01 * (high - low)
         assert high - 0.01 * (high - low) < factor[-1] <= high
         assert np.abs((factor - low) / (high - low) - np.arange(count) / count).max() < 1.95 / np.sqrt(count)
-    sigma = np.sort(colours.sigma[0])
+    sigma = np.sort(parameters.blur_sigma[0])
     assert np.abs((sigma - 0.1) / 1.9 - np.arange(count) / count).max() < 1.95 / np.sqrt(count)
-    orders, counts = np.unique(colours.order[0], axis=0, return_counts=True)
+    orders, counts = np.unique(parameters.order[0], axis=0, return_counts=True)
     assert len(orders) == 24
     assert ((counts - count / 24) ** 2 / (count / 24)).sum() < 56  # chi-squared, 23 degrees of freedom: p = 1e-4
 
 
-def test_strengths_of_zero_leave_the_picture_alone():
+def test_strengths_of_zero_leave_the_image_alone():
     recipe = ph.PhotometricRecipe(
-        flip=0, jitter=1, brightness=0, contrast=0, saturation=0, hue=0, grey=0, blur_global_1=0, blur_global_2=0,
+        flip=0, jitter=1, brightness=0, contrast=0, saturation=0, hue=0, grayscale=0, blur_global_1=0, blur_global_2=0,
         blur_locals=0, solarize_global_2=0,
     )  # fmt: skip
-    pictures = some_pictures(6, 24)
+    images = make_images(6, 24)
     for view in range(3):
-        colours = ph.draw_colours(recipe, 0, 0, np.arange(6), 3)[view]
-        assert torch.equal(ph.apply_colours(pictures, colours), pictures)
+        parameters = ph.draw_augment_parameters(recipe, 0, 0, np.arange(6), 3)[view]
+        assert torch.equal(ph.augment_levels(images, parameters), images)
 
 
 def test_active_operations_are_in_their_order_and_without_the_neutral_ones():
-    colours = ph.draw_colours(ph.PhotometricRecipe(), 0, 0, np.arange(2), 1)[0]
-    colours.jitter[:] = True, False
-    colours.order[0] = 3, 1, 0, 2
-    colours.factor[0] = 0.9, 1.0, 1.0, 0.02
-    assert ph.active_operations(colours).tolist() == [[ph.HUE, ph.BRIGHTNESS, ph.NONE, ph.NONE], [ph.NONE] * 4]
+    parameters = ph.draw_augment_parameters(ph.PhotometricRecipe(), 0, 0, np.arange(2), 1)[0]
+    parameters.jitter[:] = True, False
+    parameters.order[0] = 3, 1, 0, 2
+    parameters.factor[0] = 0.9, 1.0, 1.0, 0.02
+    assert ph.active_operations(parameters).tolist() == [[ph.HUE, ph.BRIGHTNESS, ph.NONE, ph.NONE], [ph.NONE] * 4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_normalised_levels_are_what_normalise_makes(dtype):
-    pictures = some_pictures(3, 24)
+def test_the_table_of_levels_is_what_normalize_makes(dtype):
+    images = make_images(3, 24)
     out = torch.empty(3, 3, 24, 24, dtype=dtype)
-    ph.normalise(pictures, out)
-    table = ph.normalised_levels(dtype)
+    ph.normalize(images, out)
+    table = ph.build_normalize_table(dtype)
     for channel in range(3):
-        assert torch.equal(table[channel][pictures[..., channel].long()], out[:, channel])
+        assert torch.equal(table[channel][images[..., channel].long()], out[:, channel])

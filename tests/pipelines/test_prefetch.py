@@ -6,7 +6,7 @@ import pytest
 from pipelines.prefetch import Prefetcher
 
 
-def test_items_come_in_order_and_the_end_stays_the_end():
+def test_items_come_in_order_and_the_end_is_final():
     with Prefetcher(iter(range(50)), 3, "counting") as items:
         assert list(items) == list(range(50))
         assert list(items) == []
@@ -29,7 +29,7 @@ def test_the_thread_works_ahead_no_further_than_the_depth():
         assert len(taken) == 6  # one given, four in the queue, one in hand
 
 
-def test_what_the_thread_raises_is_raised_in_its_place():
+def test_an_error_in_the_thread_is_raised_in_place_of_the_item():
     def source():
         yield 1
         raise ValueError("broken source")
@@ -41,14 +41,14 @@ def test_what_the_thread_raises_is_raised_in_its_place():
                 next(items)
 
 
-def test_a_stuck_source_is_an_error_within_the_limit():
+def test_a_stuck_source_is_an_error_within_the_timeout():
     release = threading.Event()
 
     def source():
         release.wait()
         yield 1
 
-    items = Prefetcher(source(), 2, "reading shards", limit=0.3)
+    items = Prefetcher(source(), 2, "reading shards", timeout=0.3)
     with pytest.raises(TimeoutError, match="reading shards: nothing came"):
         next(items)
     release.set()
@@ -73,20 +73,20 @@ def test_close_stops_the_thread_and_closes_the_source():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_thread_that_dies_without_a_word_is_an_error_at_once():
+def test_a_thread_that_dies_silently_is_an_error_at_once():
     def source():
         yield 1
         raise SystemExit  # what no `except Exception` catches
 
-    with Prefetcher(source(), 2, "reading shards", limit=60) as items:
+    with Prefetcher(source(), 2, "reading shards", timeout=60) as items:
         assert next(items) == 1
         start = time.monotonic()
-        with pytest.raises(RuntimeError, match="reading shards: the thread died"):
+        with pytest.raises(RuntimeError, match="reading shards: the thread ended"):
             next(items)
         assert time.monotonic() - start < 10
 
 
-def test_what_lay_ready_is_counted():
+def test_ready_items_are_counted():
     release = threading.Event()
 
     def source():

@@ -1,4 +1,4 @@
-"""Small archives in memory, and pictures that take long."""
+"""Small archives in memory, and images that take long."""
 
 import io
 import tarfile
@@ -28,11 +28,11 @@ def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes
     return buffer.getvalue()
 
 
-def slow_pictures(root: Path, count: int, side: int) -> Path:
-    """Class folders with pictures of few bytes, `side` pixels wide and more high, that take a while to decode."""
+def make_slow_images(root: Path, count: int, side: int) -> Path:
+    """Class folders with images of few bytes, `side` pixels wide and more high, that take a while to decode."""
     for number in range(count):
         folder = root / f"class{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
-        picture = Image.new("RGB", (side, side + number), (number, 2, 3))
-        picture.save(folder / f"{number}.webp", lossless=True, method=0, quality=0)
+        image = Image.new("RGB", (side, side + number), (number, 2, 3))
+        image.save(folder / f"{number}.webp", lossless=True, method=0, quality=0)
     return root

@@ -1,4 +1,4 @@
-"""Pictures, packed folders and the real command, for the tests of shards/."""
+"""Images, packed folders and the real command, for the tests of shards/."""
 
 import os
 import shutil
@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from shards.packing.pack import Options
+from shards.packing.plan import Options
 from tests.shards.packing_helpers import pack_tree
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def noise(seed: int, width: int, height: int) -> Image.Image:
-    """A picture that compresses badly, so that a few of them fill a shard."""
+    """An image that compresses badly, so that a few of them fill a shard."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -30,8 +30,8 @@ def tree_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder = root / name / "deep"
         folder.mkdir(parents=True)
         for number in range(10):
-            picture = noise(100 * label + number, 20 + number, 30 - number)
-            picture.save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
+            image = noise(100 * label + number, 20 + number, 30 - number)
+            image.save(folder / f"{number}.{('jpg', 'png', 'webp')[number % 3]}")
     noise(1, 9, 9).save(root / "cat" / "is png.v2.JPEG", "PNG")
     whole = (root / "cat" / "deep" / "0.jpg").read_bytes()
     (root / "cat" / "cut.jpg").write_bytes(whole[: len(whole) // 2])

@@ -1,4 +1,4 @@
-"""What NVIDIA DALI makes of encoded pictures, asked in a process of its own: on some files it crashes."""
+"""What NVIDIA DALI makes of encoded images, asked in a process of its own: on some files it crashes."""
 
 import multiprocessing
 from collections.abc import Sequence
@@ -34,15 +34,15 @@ def _answers(samples: list[bytes]) -> list[Answer]:
         (encoded,) = fn.external_source(
             lambda: [[np.frombuffer(next(waiting), np.uint8)]], num_outputs=1, dtype=[types.UINT8], ndim=[1]
         )
-        picture = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
-        pipeline.set_outputs(picture)
+        image = fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+        pipeline.set_outputs(image)
     pipeline.build()
     return [_answer(pipeline) for _ in samples]
 
 
 def _answer(pipeline: Any) -> Answer:
     try:
-        (pictures,) = pipeline.run()
-        return tuple(np.asarray(pictures[0]).shape[:2])
+        (images,) = pipeline.run()
+        return tuple(np.asarray(images[0]).shape[:2])
     except RuntimeError as error:
         return str(error).partition("encountered:")[2].strip() or str(error)

@@ -1,4 +1,4 @@
-"""Picture files of every kind that shards hold, and damage to them: pure functions of a seed."""
+"""Image files of every kind that shards hold, and damage to them: pure functions of a seed."""
 
 import functools
 import io
@@ -12,82 +12,82 @@ from PIL import Image
 Damage = Callable[[np.random.Generator, bytes, bytes], bytes]  # draws, a file, another one → the damaged file
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-_GREY, _RGB, _RGBA = 0, 2, 6  # PNG's colour types
+_GRAY, _RGB, _RGBA = 0, 2, 6  # PNG's color types
 
 
 def photo(width: int = 61, height: int = 45, seed: int = 0) -> Image.Image:
-    """A smooth RGB picture with some noise: it compresses as photographs do."""
+    """A smooth RGB image with some noise: it compresses as photographs do."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width][..., None] / 20
     waves = 128 + 90 * np.sin(rng.uniform(0.5, 4, 3) * x + rng.uniform(0.5, 4, 3) * y + rng.uniform(0, 6, 3))
     return Image.fromarray((waves + rng.normal(0, 8, waves.shape)).clip(0, 255).astype(np.uint8))
 
 
-def encode(picture: Image.Image, format: str, **options: object) -> bytes:
-    """The bytes of a picture as Pillow writes it."""
+def encode(image: Image.Image, format: str, **options: object) -> bytes:
+    """The bytes of an image as Pillow writes it."""
     file = io.BytesIO()
-    picture.save(file, format, **options)
+    image.save(file, format, **options)
     return file.getvalue()
 
 
 @functools.cache
 def whole_files() -> dict[str, bytes]:
     """Undamaged files of up to 22 kB by what they are; all but the animated PNG file are kept."""
-    picture = photo()
-    return {**_jpegs(picture), **_pngs(picture), **_webps(picture)}
+    image = photo()
+    return {**_jpegs(image), **_pngs(image), **_webps(image)}
 
 
-def _jpegs(picture: Image.Image) -> dict[str, bytes]:
+def _jpegs(image: Image.Image) -> dict[str, bytes]:
     rotated = Image.Exif()
     rotated[0x0112] = 6  # orientation
     return {
-        "baseline.jpg": encode(picture, "JPEG"),
-        "progressive.jpg": encode(picture, "JPEG", progressive=True),
-        "grey.jpg": encode(picture.convert("L"), "JPEG"),
-        "cmyk.jpg": encode(picture.convert("CMYK"), "JPEG"),
-        "full chroma.jpg": encode(picture, "JPEG", subsampling=0, quality=95),
-        "restarts.jpg": encode(picture, "JPEG", restart_marker_blocks=2),
-        "exif.jpg": encode(picture, "JPEG", exif=rotated, comment=b"as you like", dpi=(72, 72)),
-        "two pictures.jpg": encode(picture, "MPO", save_all=True, append_images=[photo(30, 20, seed=1)]),
+        "baseline.jpg": encode(image, "JPEG"),
+        "progressive.jpg": encode(image, "JPEG", progressive=True),
+        "gray.jpg": encode(image.convert("L"), "JPEG"),
+        "cmyk.jpg": encode(image.convert("CMYK"), "JPEG"),
+        "full chroma.jpg": encode(image, "JPEG", subsampling=0, quality=95),
+        "restarts.jpg": encode(image, "JPEG", restart_marker_blocks=2),
+        "exif.jpg": encode(image, "JPEG", exif=rotated, comment=b"as you like", dpi=(72, 72)),
+        "two images.jpg": encode(image, "MPO", save_all=True, append_images=[photo(30, 20, seed=1)]),
         "tiny.jpg": encode(photo(3, 2), "JPEG"),
     }
 
 
-def _pngs(picture: Image.Image) -> dict[str, bytes]:
-    levels = np.asarray(picture)
+def _pngs(image: Image.Image) -> dict[str, bytes]:
+    levels = np.asarray(image)
     deep = levels.astype(np.uint16) * 257 + np.arange(levels.shape[1], dtype=np.uint16)[None, :, None]
-    clear = picture.copy()
+    clear = image.copy()
     clear.putalpha(photo(seed=2).convert("L"))
-    palette = picture.quantize(64)
+    palette = image.quantize(64)
     return {
-        "rgb.png": encode(picture, "PNG"),
-        "grey.png": encode(picture.convert("L"), "PNG"),
-        "grey16.png": encode(Image.fromarray(deep[..., 0]), "PNG"),
+        "rgb.png": encode(image, "PNG"),
+        "gray.png": encode(image.convert("L"), "PNG"),
+        "gray16.png": encode(Image.fromarray(deep[..., 0]), "PNG"),
         "rgb16.png": png(deep),
         "palette.png": encode(palette, "PNG"),
         "clear palette.png": encode(palette, "PNG", transparency=bytes(range(64))),
-        "clear colour.png": encode(picture, "PNG", transparency=(1, 2, 3)),
+        "clear color.png": encode(image, "PNG", transparency=(1, 2, 3)),
         "rgba.png": encode(clear, "PNG"),
         "rgba16.png": png(np.dstack([deep, deep[..., :1]])),
-        "grey alpha.png": encode(clear.convert("LA"), "PNG"),
-        "two levels.png": encode(picture.convert("1"), "PNG"),
+        "gray alpha.png": encode(clear.convert("LA"), "PNG"),
+        "two levels.png": encode(image.convert("1"), "PNG"),
         "interlaced.png": png(levels, interlaced=True),
-        "interlaced grey16.png": png(deep[..., :1], interlaced=True),
-        "moving.png": encode(picture, "PNG", save_all=True, append_images=[photo(seed=1)]),
+        "interlaced gray16.png": png(deep[..., :1], interlaced=True),
+        "moving.png": encode(image, "PNG", save_all=True, append_images=[photo(seed=1)]),
         "tiny.png": encode(photo(3, 2), "PNG"),
     }
 
 
-def _webps(picture: Image.Image) -> dict[str, bytes]:
-    clear = picture.copy()
+def _webps(image: Image.Image) -> dict[str, bytes]:
+    clear = image.copy()
     clear.putalpha(photo(seed=2).convert("L"))
     return {
-        "lossy.webp": encode(picture, "WEBP"),
-        "lossless.webp": encode(picture, "WEBP", lossless=True),
+        "lossy.webp": encode(image, "WEBP"),
+        "lossless.webp": encode(image, "WEBP", lossless=True),
         "lossy alpha.webp": encode(clear, "WEBP"),
         "lossless alpha.webp": encode(clear, "WEBP", lossless=True),
-        "exif.webp": encode(picture, "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"),
-        "moving.webp": encode(picture, "WEBP", save_all=True, append_images=[photo(seed=1)]),
+        "exif.webp": encode(image, "WEBP", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0"),
+        "moving.webp": encode(image, "WEBP", save_all=True, append_images=[photo(seed=1)]),
         "tiny.webp": encode(photo(3, 2), "WEBP"),
     }
 
@@ -104,7 +104,7 @@ def png(levels: np.ndarray, interlaced: bool = False, before: bytes = b"", piece
     """
     height, width, channels = levels.shape
     header = struct.pack(
-        ">IIBBBBB", width, height, 8 * levels.itemsize, {1: _GREY, 3: _RGB, 4: _RGBA}[channels], 0, 0, interlaced
+        ">IIBBBBB", width, height, 8 * levels.itemsize, {1: _GRAY, 3: _RGB, 4: _RGBA}[channels], 0, 0, interlaced
     )
     steps = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
     passes = [levels[top::down, left::right] for top, left, down, right in (steps if interlaced else [(0, 0, 1, 1)])]

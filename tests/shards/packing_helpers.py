@@ -3,9 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from shards.packing.pack import Options, Packed, pack
+from shards.packing.pack import PackResult, pack
+from shards.packing.plan import Options
 from shards.sources.scan import scan
-from shards.storage.output import out_folder
+from shards.storage.folders import open_folder
 
 
 def pack_tree(
@@ -14,8 +15,8 @@ def pack_tree(
     options: Options,
     workers: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Packed:
+) -> PackResult:
     """What ``make-shards pack SOURCE OUT`` does."""
-    folder = out_folder(str(out))
-    with folder.held("taken"):
-        return pack(scan(source, "auto", folder.work), folder, options, workers, progress)
+    folder = open_folder(str(out))
+    with folder.lock("taken"):
+        return pack(scan(source, "auto", folder.work_folder), folder, options, workers, progress)

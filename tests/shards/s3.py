@@ -86,8 +86,8 @@ def s3_server() -> Iterator[Server]:
 
 
 def forget() -> None:
-    """Have this process look at its environment anew."""
-    remote._file_system.cache_clear()
+    """Have this process look at its environment again."""
+    remote._open_file_system.cache_clear()
 
 
 @contextlib.contextmanager

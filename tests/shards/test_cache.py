@@ -20,13 +20,16 @@ from typing import Any, BinaryIO
 import numpy as np
 import pytest
 
-from shards import cache as cache_module
-from shards.cache import Outcome, PageCache, ShardCache, readahead
+from shards.cache import page_cache as page_cache_module
+from shards.cache import shard_cache as cache_module
+from shards.cache.interface import Outcome
+from shards.cache.page_cache import PageCache, read_ahead
+from shards.cache.shard_cache import ShardCache
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
-from shards.layout import Shard
+from shards.manifest import Shard
 from shards.storage import remote
-from shards.storage.output import LocalFolder
+from shards.storage.local_folder import LocalFolder
 from tests.shards.manifests import forge
 from tests.shards.s3 import Server, s3_server
 
@@ -134,7 +137,7 @@ def test_the_limit_holds_and_what_was_released_first_goes_first(
     cache = open_cache(3)
     for number in (0, 1, 2):
         cache.fetch(number)
-    assert cache.take(3) is Outcome.FULL
+    assert cache.acquire(3) is Outcome.FULL
     assert present(cache, storage) == {0, 1, 2}
     for number in (1, 0):
         cache.release(number)
@@ -191,11 +194,11 @@ def test_waiting_for_room_ends_with_one_line(storage: Storage, open_cache: Calla
     cache, other = open_cache(2), open_cache(2)
     cache.fetch(0)
     cache.fetch(1)
-    with pytest.raises(UserError, match=r"t-2\.tar: no room.*raise --data\.cache_bytes.*lower --data\.window"):
-        other.fetch(2, limit=0.1)
+    with pytest.raises(UserError, match=r"t-2\.tar: no room.*Raise --data\.cache_bytes.*lower --data\.shuffle_window"):
+        other.fetch(2, timeout=0.1)
     releasing = threading.Timer(0.2, cache.release, [0])
     releasing.start()
-    other.fetch(2, limit=30)
+    other.fetch(2, timeout=30)
     releasing.join()
     assert present(cache, storage) == {1, 2}
 
@@ -208,11 +211,11 @@ def test_damaged_in_the_storage_is_tried_twice_and_named(
     for harm in (b"x" + storage.data(1)[1:], storage.data(1)[:-1], storage.data(1) + b"x", b""):
         path.write_bytes(harm)
         before = len(storage.fetched())
-        with pytest.raises(UserError, match=r"t-1\.tar: not the bytes .* run 'make-shards check"):
+        with pytest.raises(UserError, match=r"t-1\.tar: twice not the bytes .* Run 'make-shards check"):
             cache.fetch(1)
         assert storage.fetched()[before:] == [1, 1]
     path.unlink()
-    with pytest.raises(UserError, match=r"t-1\.tar: no such file; put it back"):
+    with pytest.raises(UserError, match=r"t-1\.tar: no such file\. Put it back"):
         cache.fetch(1)
     assert used(cache) == 0
 
@@ -245,7 +248,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
     monkeypatch.setattr(os, "pwrite", refuse)
     with pytest.raises(
         UserError,
-        match=r"cache: No space left on device; make it writable or free some space there, lower --data\.cache",
+        match=r"cache: No space left on device\. Make it writable or free some space there, lower --data\.cache",
     ):
         cache.fetch(0)
     assert storage.fetched() == [0]  # trying again would not help
@@ -254,7 +257,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
 
 def test_a_directory_that_cannot_be(storage: Storage, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"file/cache: Not a directory; .*--data\.cache"):
+    with pytest.raises(UserError, match=r"file/cache: Not a directory\. .*--data\.cache"):
         ShardCache(storage.folder, storage.shards, tmp_path / "file" / "cache")
 
 
@@ -262,7 +265,7 @@ def test_the_lock_of_the_folder_is_waited_for_so_long(
     open_cache: Callable[..., ShardCache], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = open_cache()
-    monkeypatch.setattr(cache_module, "_PATIENCE", 0.05)
+    monkeypatch.setattr(cache_module, "_TIMEOUT", 0.05)
     with (cache.directory / ".lock").open("r+") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(UserError, match=r"\.lock: locked by another process"):
@@ -326,7 +329,7 @@ _HOLDER = """
 import sys
 from pathlib import Path
 from tests.shards.test_cache import SIZE, Watched, made_storage
-from shards.cache import ShardCache
+from shards.cache.shard_cache import ShardCache
 place, room, numbers = Path(sys.argv[1]), int(sys.argv[2]), [int(number) for number in sys.argv[3:]]
 storage = made_storage(place)
 cache = ShardCache(storage.folder, storage.shards, place / "cache", room * SIZE)
@@ -386,13 +389,13 @@ def test_what_another_process_holds_stays_until_it_is_killed(
     process = holder(2, 0, 1)
     is_there(process)
     cache = open_cache(2)
-    assert cache.take(2) is Outcome.FULL
-    assert cache.take(0) is Outcome.HELD
+    assert cache.acquire(2) is Outcome.FULL
+    assert cache.acquire(0) is Outcome.HELD
     cache.release(0)
-    assert cache.take(2) is Outcome.FULL
+    assert cache.acquire(2) is Outcome.FULL
     killed(process)
-    cache.fetch(1, limit=1)
-    cache.fetch(2, limit=1)
+    cache.fetch(1, timeout=1)
+    cache.fetch(2, timeout=1)
     assert present(cache, storage) == {1, 2}
     assert storage.fetched() == [0, 1, 2]
 
@@ -403,12 +406,12 @@ def test_a_process_killed_in_the_middle_of_a_download_leaves_it_to_others(
     process = holder(1, -3)
     is_there(process)
     cache = open_cache(1)
-    assert cache.take(3) is Outcome.BUSY
-    assert cache.take(4) is Outcome.FULL
-    with pytest.raises(UserError, match=r"t-3\.tar: not at hand within 0 s; see to the storage"):
-        cache.fetch(3, limit=0.1)
+    assert cache.acquire(3) is Outcome.BUSY
+    assert cache.acquire(4) is Outcome.FULL
+    with pytest.raises(UserError, match=r"t-3\.tar: not read within 0 s\. Check the storage"):
+        cache.fetch(3, timeout=0.1)
     killed(process)
-    cache.fetch(3, limit=1)
+    cache.fetch(3, timeout=1)
     assert cache.read(3, 0, SIZE) == storage.data(3)
 
 
@@ -417,20 +420,20 @@ def test_a_process_killed_in_the_middle_of_a_download_leaves_it_to_others(
 
 def test_the_page_cache_reads_its_part_of_the_shards(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(cache_module, "readahead", lambda path: read.append(path.name))
+    monkeypatch.setattr(page_cache_module, "read_ahead", lambda path: read.append(path.name))
     for rank in range(2):
         shelf = PageCache(storage.folder.path, storage.shards, rank, 2)
-        shelf.require(10**9)
-        assert {shelf.take(number) for number in range(SHARDS)} == {Outcome.HELD}
+        shelf.require_room(10**9)
+        assert {shelf.acquire(number) for number in range(SHARDS)} == {Outcome.HELD}
         shelf.release(0)
     assert read == ["t-0.tar", "t-2.tar", "t-4.tar", "t-1.tar", "t-3.tar", "t-5.tar"]
-    assert "there/t-3.tar: not at hand within 5 s" in shelf.late(3, Outcome.BUSY, 5.0)
+    assert "there/t-3.tar: not read within 5 s" in shelf.explain_delay(3, Outcome.BUSY, 5.0)
 
 
 def test_readahead_reads_all_or_says_why_not(storage: Storage) -> None:
-    readahead(Path(storage.folder.path, "t-0.tar"))
-    with pytest.raises(UserError, match=r"t-9\.tar: No such file or directory; see to the storage"):
-        readahead(Path(storage.folder.path, "t-9.tar"))
+    read_ahead(Path(storage.folder.path, "t-0.tar"))
+    with pytest.raises(UserError, match=r"t-9\.tar: No such file or directory\. Check the storage"):
+        read_ahead(Path(storage.folder.path, "t-9.tar"))
 
 
 # ShardIndex over stores, and over a cache
@@ -446,7 +449,7 @@ def to_memory(folder: Path) -> str:
     """A copy of a folder in fsspec's own memory; its URL."""
     url = f"memory://{folder.parent.name}/packed"
     for path in folder.iterdir():
-        remote.file_system(url).pipe_file(f"{url}/{path.name}", path.read_bytes())
+        remote.open_file_system(url).pipe_file(f"{url}/{path.name}", path.read_bytes())
     return url
 
 
@@ -485,7 +488,7 @@ def test_an_index_reads_the_same_wherever_the_shards_lie(
         if index.cache is not None:
             assert 0 < used(index.cache) <= 40_000
         assert str(index.folder) == url
-        assert index.remote == ("://" in url)
+        assert index.is_remote == ("://" in url)
 
 
 def test_a_damaged_object_is_named_at_its_shard_or_its_sample(server: Server, packed: Path, tmp_path: Path) -> None:
@@ -498,13 +501,13 @@ def test_a_damaged_object_is_named_at_its_shard_or_its_sample(server: Server, pa
     server.put(f"{url}/{shard}", bytes(data))
     with pytest.raises(BadSample, match=rf"{shard}, key .*crc32"):
         plain.read([id])
-    with pytest.raises(UserError, match=rf"{re.escape(url)}/{shard}: not the bytes that the manifest describes, twice"):
+    with pytest.raises(UserError, match=rf"{re.escape(url)}/{shard}: twice not the bytes that the manifest describes"):
         cached.read([id])
     server.remove(f"{url}/{shard}")
     for index in (plain, cached):
         with pytest.raises(UserError, match=rf"{re.escape(url)}/{shard}: no such "):
             index.read([id])
-    with pytest.raises(UserError, match=rf"{shard}: no such file; 'make-shards check"):
+    with pytest.raises(UserError, match=rf"{shard}: no such file\. Run 'make-shards check"):
         ShardIndex(url)
 
 
@@ -516,7 +519,7 @@ def test_a_url_that_holds_no_shards(server: Server) -> None:
 
 def test_shard_sizes_are_those_of_the_index(packed: Path) -> None:
     index = ShardIndex(packed)
-    sizes = index.shard_sizes()
+    sizes = index.count_samples_per_shard()
     assert sizes.tolist() == np.bincount(index.records["shard"]).tolist()
     assert (sizes.dtype, int(sizes.sum())) == (np.int64, len(index))
 
@@ -529,4 +532,4 @@ def test_an_index_that_numbers_samples_otherwise_is_refused_for_this_order(packe
     index = ShardIndex(packed)
     assert index.read([0])
     with pytest.raises(UserError, match=r"index\.npy does not number .*--data\.order global"):
-        index.shard_sizes()
+        index.count_samples_per_shard()

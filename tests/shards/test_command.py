@@ -2,17 +2,20 @@
 
 import fcntl
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from shards import version
 from shards.__main__ import main
 from shards.index import ShardIndex
 
@@ -47,9 +50,9 @@ def test_pack_check_and_again(command: Command, tree: Path, tmp_path: Path, cont
     call = ("pack", tree, tmp_path / "out", "--workers", 2, "--shard-size", "12kB", "--seed", 5, "--name", "val")
     first = command(*call)
     assert (first.returncode, first.stderr) == (0, "")
-    assert "src: folders: 25 pictures, 2 classes (cat, dog); 2 other files ignored" in first.stdout
-    assert "21 pictures, 2 classes, " in first.stdout
-    assert "4 pictures left out" in first.stdout
+    assert "src: 25 images (format folders), 2 classes (cat, dog), 2 other files ignored" in first.stdout
+    assert "21 images, 2 classes, " in first.stdout
+    assert "4 images rejected" in first.stdout
     assert "  dog/empty.png: empty file" in first.stdout
     assert "img/s" in first.stdout
     before = contents(tmp_path / "out")
@@ -59,7 +62,7 @@ def test_pack_check_and_again(command: Command, tree: Path, tmp_path: Path, cont
     assert contents(tmp_path / "out") == before
     checked = command("check", tmp_path / "out", "--workers", 2)
     assert checked.returncode == 0
-    assert "all is well: 21 pictures" in checked.stdout
+    assert "no problems in 21 images" in checked.stdout
 
 
 def test_check_lists_problems_and_fails(command: Command, packed: Path) -> None:
@@ -69,7 +72,7 @@ def test_check_lists_problems_and_fails(command: Command, packed: Path) -> None:
     run = command("check", packed)
     assert run.returncode == 1
     assert "train-000000.tar, key 0000000" in run.stdout
-    assert "offset 512: crc32 differs" in run.stdout
+    assert "offset 512: its crc32 differs" in run.stdout
     assert "2 problems" in run.stdout
 
 
@@ -79,9 +82,9 @@ def test_sources_that_cannot_be_packed(command: Command, tmp_path: Path) -> None
     (tmp_path / "text" / "1.txt").write_text("1")
     out = tmp_path / "out"
     assert "nowhere: no such folder or file" in complaint(command("pack", tmp_path / "nowhere", out))
-    assert "empty: no pictures" in complaint(command("pack", tmp_path / "empty", out))
-    assert "text: no pictures" in complaint(command("pack", tmp_path / "text", out))
-    assert "1.txt: neither tar, zip nor parquet" in complaint(command("pack", tmp_path / "text" / "1.txt", out))
+    assert "empty: no images" in complaint(command("pack", tmp_path / "empty", out))
+    assert "text: no images" in complaint(command("pack", tmp_path / "text", out))
+    assert "1.txt is not a tar, zip or parquet file" in complaint(command("pack", tmp_path / "text" / "1.txt", out))
     assert not out.exists()
 
 
@@ -93,7 +96,7 @@ def test_folders_that_cannot_be_checked(command: Command, tmp_path: Path, packed
 
 def test_source_and_out_in_one_another(command: Command, tree: Path) -> None:
     for out in (tree, tree / "out", tree.parent):
-        assert "lie in one another" in complaint(command("pack", tree, out))
+        assert "must not contain each other" in complaint(command("pack", tree, out))
     assert not (tree / "out").exists()
 
 
@@ -103,10 +106,10 @@ def test_another_packing_is_left_alone(command: Command, tree: Path, packed: Pat
     assert "holds another packing" in complaint(command("pack", tree, packed, *same, 6))
     assert "holds another packing" in complaint(command("pack", tree / "cat" / "deep", packed, *same, 5))
     os.truncate(packed / "train-000000.tar", 512)
-    assert "train-000000.tar: 512 bytes where" in complaint(command("pack", tree, packed, *same, 5))
+    assert "train-000000.tar: the file has 512 bytes" in complaint(command("pack", tree, packed, *same, 5))
     (packed / "train-000000.tar").write_bytes(before["train-000000.tar"])
     (packed / "manifest.json").unlink()
-    assert "is no part of this packing" in complaint(command("pack", tree, packed, *same, 5))
+    assert "does not belong to this packing" in complaint(command("pack", tree, packed, *same, 5))
     del before["manifest.json"]
     assert contents(packed) == before
 
@@ -121,7 +124,7 @@ def test_another_unfinished_packing_is_left_alone(command: Command, tree: Path, 
     secret.unlink()
     secret.write_bytes(held)
     line = complaint(command("pack", tree, tmp_path / "out", "--shard-size", 12000))
-    assert "holds another, unfinished packing" in line
+    assert "holds another packing, not finished" in line
     assert not list((tmp_path / "out").rglob("*.tmp"))
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -132,7 +135,7 @@ def test_no_permission(command: Command, tree: Path, tmp_path: Path, ordinary: l
     secret = tree / "dog" / "deep" / "9.jpg"
     secret.chmod(0)
     line = complaint(command(*call, through=ordinary))
-    assert f"cannot read {secret}: Permission denied; make it readable" in line
+    assert f"cannot read {secret}: Permission denied. Make it readable" in line
     assert not (out / "manifest.json").exists()
     assert not list(out.rglob("*.tmp"))
     secret.chmod(0o644)
@@ -143,7 +146,7 @@ def test_no_permission(command: Command, tree: Path, tmp_path: Path, ordinary: l
     closed.mkdir(mode=0o555)
     for place in (closed, closed / "new"):
         line = complaint(command("pack", tree, place, through=ordinary))
-        assert f"cannot write to {place}: Permission denied; choose a folder that you may write to" in line
+        assert f"cannot write to {place}: Permission denied. Choose a folder that you may write to" in line
     for name in ("manifest.json", "index.npy", "train-000000.tar"):
         (out / name).chmod(0)
         run = command("check", out, through=ordinary)
@@ -155,7 +158,7 @@ def test_no_permission(command: Command, tree: Path, tmp_path: Path, ordinary: l
 
 def test_an_out_that_is_a_file(command: Command, tree: Path, tmp_path: Path) -> None:
     (tmp_path / "out").write_text("mine")
-    assert "choose a folder, or a name that does not exist yet" in complaint(command("pack", tree, tmp_path / "out"))
+    assert "Choose a folder, or a name that does not exist yet" in complaint(command("pack", tree, tmp_path / "out"))
     assert (tmp_path / "out").read_text() == "mine"
 
 
@@ -181,7 +184,7 @@ def test_two_packers(command: Command, tree: Path, tmp_path: Path) -> None:
     out.mkdir()
     with (out / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert "another make-shards is at work in it" in complaint(command("pack", tree, out))
+        assert "another make-shards is writing into it" in complaint(command("pack", tree, out))
     assert command("pack", tree, out).returncode == 0  # the file of a killed packer is no lock
     assert not (out / ".lock").exists()
 
@@ -200,22 +203,21 @@ def test_interrupted(tree: Path, tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == "make-shards: interrupted; the same command again goes on from here\n"
+    assert errors == "make-shards: interrupted. Run the same command again to go on from here.\n"
     assert not list((tmp_path / "out").rglob("*.tmp"))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ([], "required: COMMAND"),
         (["pack", "a"], "required: OUT"),
-        (["pack", "a", "b", "--workers", "0"], "'0' is no number of processes; give a whole number from 1"),
-        (["pack", "a", "b", "--workers", "two"], "'two' is no number of processes"),
-        (["pack", "a", "b", "--shard-size", "12 parsecs"], "'12 parsecs' is no size; write it like 256MB"),
-        (["pack", "a", "b", "--shard-size", "0"], "'0' is no size"),
-        (["pack", "a", "b", "--seed", "-1"], "'-1' is no seed"),
-        (["pack", "a", "b", "--name", "a/b"], "'a/b' is no prefix"),
-        (["pack", "a", "b", "--name", "a.b"], "'a.b' is no prefix"),
+        (["pack", "a", "b", "--workers", "0"], "'0' is not a number of processes. Give a whole number from 1"),
+        (["pack", "a", "b", "--workers", "two"], "'two' is not a number of processes"),
+        (["pack", "a", "b", "--shard-size", "12 parsecs"], "'12 parsecs' is not a size. Write it like 256MB"),
+        (["pack", "a", "b", "--shard-size", "0"], "'0' is not a size"),
+        (["pack", "a", "b", "--seed", "-1"], "'-1' is not a seed"),
+        (["pack", "a", "b", "--name", "a/b"], "'a/b' is not a prefix"),
+        (["pack", "a", "b", "--name", "a.b"], "'a.b' is not a prefix"),
         (["pack", "a", "b", "--format", "zip"], "invalid choice: 'zip'"),
     ],
 )
@@ -224,6 +226,34 @@ def test_wrong_calls(arguments: list[str], words: str, capsys: pytest.CaptureFix
         main(arguments)
     assert caught.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_a_call_without_a_command_lists_them(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    for command in ("pack", "index", "check", "info", "show"):
+        assert re.search(rf"^    {command} +\w.*$", printed.out, re.MULTILINE), command
+
+
+def test_the_version_is_that_of_the_project_file(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (expected,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+
+    def is_not_installed(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", is_not_installed)
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out == f"make-shards {expected}\n"
+    for text in (None, 'name = "another"\nversion = "2"\n', 'name = "dino-fast"\n'):
+        monkeypatch.setattr(version, "_PROJECT_FILE", tmp_path / "pyproject.toml")
+        if text is not None:
+            (tmp_path / "pyproject.toml").write_text(text)
+        assert version.version() == "unknown"
 
 
 @pytest.mark.parametrize(
@@ -261,14 +291,14 @@ def test_a_refused_folder_holds_nothing_staged(
     assert contents(out) == before
 
 
-def test_a_picture_that_takes_too_long_is_left_out_by_name(command: Command, tree: Path, tmp_path: Path) -> None:
-    """A decoder cannot be interrupted: its process is killed, and the others' pictures are packed all the same."""
+def test_an_image_that_takes_too_long_is_rejected_names_by_name(command: Command, tree: Path, tmp_path: Path) -> None:
+    """A decoder cannot be interrupted: its process is killed, and the others' images are packed all the same."""
     Image.effect_noise((8000, 6000), 90).save(tree / "cat" / "huge.jpg")
-    call = ("pack", tree, tmp_path / "out", "--picture-seconds", "0.1", "--workers", 2, "--shard-size", "12kB")
+    call = ("pack", tree, tmp_path / "out", "--image-seconds", "0.1", "--workers", 2, "--shard-size", "12kB")
     run = command(*call)
     assert (run.returncode, run.stderr) == (0, "")
     index = ShardIndex(tmp_path / "out")
     assert len(index) == 21
     reasons = {entry.source: entry.reason for entry in index.manifest.rejected}
-    assert reasons["cat/huge.jpg"] == "takes more than 0.1 s of CPU time (--picture-seconds)"
+    assert reasons["cat/huge.jpg"] == "takes more than 0.1 s of CPU time (--image-seconds)"
     assert len(reasons) == 5

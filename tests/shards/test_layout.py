@@ -16,17 +16,14 @@ from hypothesis import strategies as st
 from shards.errors import UserError
 from shards.layout import (
     RECORD,
-    Manifest,
-    Rejected,
-    Shard,
-    load_manifest,
-    member_bytes,
-    padding,
-    sample_key,
-    shard_name,
-    tar_header,
+    count_member_bytes,
+    make_padding,
+    make_sample_key,
+    make_shard_name,
+    make_tar_header,
 )
-from shards.storage.output import LocalFolder
+from shards.manifest import Manifest, Rejected, Shard, load_manifest
+from shards.storage.local_folder import LocalFolder
 from tests.shards.manifests import sealed
 
 MANIFEST = Manifest(
@@ -86,18 +83,18 @@ def test_a_change_by_hand_is_named_so() -> None:
         re.sub(r' "sha256": "[0-9a-f]{64}",?\n', "", MANIFEST.to_json(), count=1),
     ):
         assert text != MANIFEST.to_json()
-        with pytest.raises(ValueError, match="damaged, or was changed by hand"):
+        with pytest.raises(ValueError, match="so it is damaged or was edited by hand"):
             Manifest.from_json(text)
 
 
 @pytest.mark.parametrize(("version", "what"), [(1, "older"), (3, "newer"), (-1, "older")])
 def test_another_version_is_named_so(version: int, what: str, tmp_path: Path) -> None:
     text = json.dumps({**json.loads(MANIFEST.to_json()), "format_version": version})
-    with pytest.raises(ValueError, match=f"^format version {version}, {what} than this program's 2$"):
+    with pytest.raises(ValueError, match=f"^format version {version} is {what} than this program's 2$"):
         Manifest.from_json(text)
     (tmp_path / "manifest.json").write_text(text)
-    mend = {"older": "pack again", "newer": "update dino_fast$"}[what]
-    with pytest.raises(UserError, match=rf"manifest\.json: format version {version}, {what} than .*2; {mend}"):
+    fix = {"older": "Pack again", "newer": r"Update dino_fast\.$"}[what]
+    with pytest.raises(UserError, match=rf"manifest\.json: format version {version} is {what} than .*2\. {fix}"):
         load_manifest(LocalFolder(str(tmp_path)))
 
 
@@ -117,9 +114,9 @@ SHARD = {"file": "train-000000.tar", "samples": 3, "bytes": 4096, "sha256": "cd"
         ("options", None),
         ("options", {"max_pixels": "9"}),
         ("options", {"max_pixels": 0}),
-        ("options", {"picture_seconds": "9"}),
-        ("options", {"picture_seconds": float("nan")}),
-        ("options", {"picture_seconds": 1e300}),
+        ("options", {"image_seconds": "9"}),
+        ("options", {"image_seconds": float("nan")}),
+        ("options", {"image_seconds": 1e300}),
         ("shards", {}),
         ("shards", ["train-000000.tar"]),
         ("shards", [{**SHARD, "samples": "3"}]),
@@ -143,7 +140,7 @@ SHARD = {"file": "train-000000.tar", "samples": 3, "bytes": 4096, "sha256": "cd"
 )
 def test_a_forged_field_is_refused_and_named(field: str, value: object) -> None:
     text = sealed({**json.loads(MANIFEST.to_json()), field: value})
-    with pytest.raises(ValueError, match=rf"^no make-shards manifest \(.*{field}"):
+    with pytest.raises(ValueError, match=rf"^not a make-shards manifest \(.*{field}"):
         Manifest.from_json(text)
 
 
@@ -172,20 +169,20 @@ def test_a_million_samples_index_below_50_mb() -> None:
 
 @given(st.integers(0, 10**9 - 1), st.text(st.characters(exclude_characters="/\0"), min_size=1, max_size=200))
 def test_keys_fit_every_reader(number: int, name: str) -> None:
-    key = sample_key(number, f"a.class/{name}")
+    key = make_sample_key(number, f"a.class/{name}")
     assert re.fullmatch(r"\d{9}-[A-Za-z0-9_-]{0,60}", key)
     assert int(key[:9]) == number
 
 
 def test_key_keeps_the_stem_readable() -> None:
-    assert sample_key(12, "n01/space in name \u00e9.v2.jpg") == "000000012-space_in_name___v2"
-    assert shard_name("val", 3) == "val-000003.tar"
+    assert make_sample_key(12, "n01/space in name \u00e9.v2.jpg") == "000000012-space_in_name___v2"
+    assert make_shard_name("val", 3) == "val-000003.tar"
 
 
 @given(st.integers(0, 5000), st.from_regex(r"[a-z0-9-]{1,75}\.jpg", fullmatch=True))
 def test_header_is_ustar_that_tarfile_reads(size: int, name: str) -> None:
-    data = tar_header(name, size) + bytes(size) + padding(size)
-    assert len(data) == member_bytes(size)
+    data = make_tar_header(name, size) + bytes(size) + make_padding(size)
+    assert len(data) == count_member_bytes(size)
     with tarfile.open(fileobj=io.BytesIO(data + bytes(1024))) as tar:
         (member,) = tar.getmembers()
         assert tar.pax_headers == {}

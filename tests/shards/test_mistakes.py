@@ -33,12 +33,12 @@ Typed = Callable[[str], tuple[int, str, str]]
 Call = Callable[[str], str]
 
 
-def inline(function: Callable[..., Any], task_of: Callable[[int], Any], count: int, *_: object) -> list[Any]:
+def inline(function: Callable[..., Any], make_task: Callable[[int], Any], count: int, *_: object) -> list[Any]:
     """`workers.run_tasks` in this process."""
-    return [function(task_of(number), lambda done: None) for number in range(count)]
+    return [function(make_task(number), lambda done: None) for number in range(count)]
 
 
-def picture(seed: int, format: str = "JPEG") -> bytes:
+def make_image(seed: int, format: str = "JPEG") -> bytes:
     buffer = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(buffer, format)
@@ -52,7 +52,7 @@ def put(root: Path, files: dict[str, bytes]) -> None:
 
 
 def numbered(folder: str, count: int, first: int = 0) -> dict[str, bytes]:
-    return {f"{folder}/{number}.jpg": picture(first + number) for number in range(count)}
+    return {f"{folder}/{number}.jpg": make_image(first + number) for number in range(count)}
 
 
 def class_folders(folder: str, count: int, first: int = 0) -> dict[str, bytes]:
@@ -60,7 +60,7 @@ def class_folders(folder: str, count: int, first: int = 0) -> dict[str, bytes]:
 
 
 IN_CLASSES = {name.removeprefix("x/"): data for name, data in class_folders("x", 3).items()}
-SAMPLES = {"1.jpg": picture(1), "1.cls": b"1", "2.jpg": picture(2), "3.jpg": picture(3), "3.cls": b"0"}
+SAMPLES = {"1.jpg": make_image(1), "1.cls": b"1", "2.jpg": make_image(2), "3.jpg": make_image(3), "3.cls": b"0"}
 
 TREES = {
     **class_folders("set/train", 4),
@@ -71,13 +71,13 @@ TREES = {
     **numbered("splits/train2017", 2),
     **numbered("splits/val2017", 1, 9),
     **numbered("loose/cat", 1),
-    "loose/3.jpg": picture(3),
+    "loose/3.jpg": make_image(3),
     **numbered("other/cat", 1),
     **numbered("other/eel", 1, 1),
     **class_folders("literal/[ab]*?", 1),
     **class_folders("-dash", 1),
     **class_folders("sp ace", 1),
-    "single.jpg": picture(1),
+    "single.jpg": make_image(1),
     "notes/readme.txt": b"words",
     "heic/1.HEIC": b"\0\0\0\x1cftypheic",
     "broken/a/1.jpg": b"<!DOCTYPE html>",
@@ -114,7 +114,7 @@ ARCHIVES = {
     "level.tar": tar_of(class_folders("set/train", 1) | class_folders("set/val", 1)),
     "split/a-train.tar": TARRED,
     "split/a-val.tar": TARRED,
-    "both/1.jpg": picture(1),
+    "both/1.jpg": make_image(1),
     "both/w.tar": TARRED,
     "bad/zero.tar": b"",
     "bad/zero.zip": b"",
@@ -125,7 +125,7 @@ ARCHIVES = {
     "bad/half.parquet": b"PAR1" + bytes(2000),
     "bad/page.zip": b"<html>404</html>",
     "bad/pointer.parquet": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
-    "bad/label.tar": tar_of({"2.jpg": picture(2), "2.cls": b"\xff"} | SAMPLES),
+    "bad/label.tar": tar_of({"2.jpg": make_image(2), "2.cls": b"\xff"} | SAMPLES),
 }
 
 
@@ -216,125 +216,125 @@ def balance(out: Path) -> dict[str | None, int]:
 
 REFUSED = {
     # ---- the wrong level
-    "pack set OUT": "set holds train, val, which are no classes; pack each by itself (set/train, …), or use --format",
-    "pack above OUT": "above: all pictures lie in x/train; give above/x/train, or use --format folders to take x as",
-    "pack coco OUT": "all pictures lie in unlabeled2017; give coco/unlabeled2017, or",
-    "pack splits OUT": "splits holds train2017, val2017, which are no classes; pack each by itself (splits/train2017",
-    "pack level.tar OUT": "level.tar holds train, val, which are no classes; unpack it and pack each by itself",
-    "pack split OUT": "split holds archives of train, val; keep them apart: to pack one, give a pattern in",
-    "pack loose OUT": "loose: pictures (3.jpg, …) beside folders of pictures; use --format flat",
-    "pack set/train/cat OUT --format folders": "0.jpg lies in no class folder; move it into one, or use --format flat",
-    "pack single.jpg OUT": "single.jpg: neither tar, zip nor parquet, or damaged; give the folder",
+    "pack set OUT": "set holds train, val, which are not classes. Pack each by itself (set/train, …), or use --format",
+    "pack above OUT": "above: all images are in x/train. Give above/x/train, or use --format folders to take x as the",
+    "pack coco OUT": "coco: all images are in unlabeled2017. Give coco/unlabeled2017, or use --format folders to take",
+    "pack splits OUT": "train2017, val2017, which are not classes. Pack each by itself (splits/train2017, …), or",
+    "pack level.tar OUT": "level.tar holds train, val, which are not classes. Unpack it and pack each by itself",
+    "pack split OUT": "archives of train, val. To pack one of them, give a pattern in quotes ('split/*train*')",
+    "pack loose OUT": "loose: some images are in folders, others (3.jpg, …) are not. Use --format flat to pack all of",
+    "pack set/train/cat OUT --format folders": "0.jpg is not in a class folder. Move it into one, or use --format flat",
+    "pack single.jpg OUT": "single.jpg is not a tar, zip or parquet file, or it is damaged. Give the folder, archive",
     # ---- nothing to pack
-    "pack nowhere OUT": "nowhere: no such folder or file; give the folder",
+    "pack nowhere OUT": "nowhere: no such folder or file. Give the folder, archive or URL that holds the images as",
     "pack nowhere/*.tar OUT": "nowhere/*.tar: no such folder or file",
-    "pack notes OUT": "notes: no pictures",
-    "pack heic OUT": "heic: not one of 1 pictures decodes (1.HEIC: AVIF or HEIF picture",
-    "pack broken OUT": "not one of 2 pictures decodes (a/1.jpg: no JPEG, PNG or WebP picture",
+    "pack notes OUT": "notes: no images",
+    "pack heic OUT": "heic: none of 1 images can be decoded (1.HEIC: AVIF or HEIF image; shards hold JPEG, PNG and",
+    "pack broken OUT": "broken: none of 2 images can be decoded (a/1.jpg: not a JPEG, PNG or WebP image, or its first",
     "pack pipe OUT": "pipe is neither a folder nor a file",
-    "pack '' OUT": "argument SRC: an empty path; perhaps a shell variable is not set",
-    "pack set/train ''": "argument OUT: an empty path; perhaps a shell variable is not set",
-    "pack set/train": "arguments are required: OUT; see make-shards pack --help",
-    "pack set/train set/val OUT": "too many arguments: ",
-    "pack set/train OUT --fast": "no such option: --fast",
+    "pack '' OUT": "argument SRC: the path is empty. Perhaps a shell variable is not set.",
+    "pack set/train ''": "argument OUT: the path is empty. Perhaps a shell variable is not set.",
+    "pack set/train": "the following arguments are required: OUT. See 'make-shards pack --help'.",
+    "pack set/train set/val OUT": "Put a pattern in quotes, or the shell expands it. See 'make-shards pack --help'",
+    "pack set/train OUT --fast": "unknown option --fast. See 'make-shards pack --help'.",
     # ---- links
-    "pack loop OUT": "loop/cat/up links to a folder that it lies in; take the link out of SRC",
-    "pack self OUT": "cannot read self/cat/me.jpg: Too many levels of symbolic links; make it readable or take it out",
-    "pack lost OUT": "cannot read lost/eel: No such file or directory; make it readable or take it out of SRC",
-    "pack gone OUT": "cannot read gone/cat/x.jpg: No such file or directory; make it readable or take it out of SRC",
+    "pack loop OUT": "loop/cat/up links to a folder that it lies in. Take the link out of SRC.",
+    "pack self OUT": "cannot read self/cat/me.jpg: Too many levels of symbolic links. Make it readable or take it out",
+    "pack lost OUT": "cannot read lost/eel: No such file or directory. Make it readable or take it out of SRC, then",
+    "pack gone OUT": "cannot read gone/cat/x.jpg: No such file or directory. Make it readable or take it out of SRC,",
     # ---- archives
-    "pack bad/zero.tar OUT": "bad/zero.tar is empty; get it anew",
-    "pack bad/zero.zip OUT": "bad/zero.zip is empty; get it anew",
-    "pack bad/zero.parquet OUT": "bad/zero.parquet is empty; get it anew",
+    "pack bad/zero.tar OUT": "bad/zero.tar is empty. Download it again.",
+    "pack bad/zero.zip OUT": "bad/zero.zip is empty. Download it again.",
+    "pack bad/zero.parquet OUT": "bad/zero.parquet is empty. Download it again.",
     "pack bad/half.tar OUT": "bad/half.tar: damaged at offset ",
     "pack bad/half.tar.gz OUT": "bad/half.tar.gz: damaged compressed data",
-    "pack bad/half.zip OUT": "bad/half.zip is no zip archive, or damaged or cut off",
+    "pack bad/half.zip OUT": "bad/half.zip is not a zip archive, or is damaged or cut off (File is not a zip file).",
     "pack bad/half.parquet OUT": "bad/half.parquet",
-    "pack bad/page.zip OUT": "bad/page.zip: neither tar, zip nor parquet, or damaged",
-    "pack bad/pointer.parquet OUT": "get that with 'git lfs pull'",
-    "pack bad/label.tar OUT": "bad/label.tar: sample 2: label unreadable",
-    "pack both OUT": "both holds 1 pictures and 1 archives (w.tar, …); say which with --format",
+    "pack bad/page.zip OUT": "bad/page.zip is not a tar, zip or parquet file, or it is damaged. Give the folder,",
+    "pack bad/pointer.parquet OUT": "in Git LFS. Fetch the archive with 'git lfs pull'.",
+    "pack bad/label.tar OUT": "bad/label.tar: the label of sample 2 cannot be read ('utf-8' codec can't decode byte",
+    "pack both OUT": "both holds 1 images and 1 archives (w.tar, …). Say which to pack: with --format folders or flat",
     "pack bad OUT": "bad/",
     # ---- formats that do not fit
-    "pack good.tar OUT --format parquet": "good.tar is tar, which --format parquet does not fit; leave --format out",
-    "pack good.zip OUT --format webdataset": "good.zip is zip, which --format webdataset does not fit",
-    "pack bad/half.parquet OUT --format folders": "is parquet, which --format folders does not fit",
-    "pack set/train OUT --format webdataset": "set/train: no archives in it; leave --format webdataset out",
-    "pack several OUT": "several holds shards of several packings, whose classes differ; pack each by itself",
-    "pack samples.tar OUT --format folders": "samples.tar: 1.jpg lies in no class folder",
-    # ---- fewer pictures
-    "pack set/train OUT --limit 0": "'0' is no count; give a whole number from 1",
+    "pack good.tar OUT --format parquet": "is a tar file, which --format parquet does not fit. Leave --format out.",
+    "pack good.zip OUT --format webdataset": "a zip file, which --format webdataset does not fit. Leave --format out.",
+    "pack bad/half.parquet OUT --format folders": "is a parquet file, which --format folders does not fit.",
+    "pack set/train OUT --format webdataset": "set/train: no archives in it. Leave --format webdataset out to pack",
+    "pack several OUT": "several holds shards of several packings, whose classes differ. Pack each by itself.",
+    "pack samples.tar OUT --format folders": "samples.tar: 1.jpg is not in a class folder. Move it into one, or use",
+    # ---- fewer images
+    "pack set/train OUT --limit 0": "argument --limit: '0' is not a count. Give a whole number from 1 to",
     "pack set/train OUT --limit -3": "argument --limit: ",
-    "pack set/train OUT --limit all": "'all' is no count",
-    "pack set/train OUT --split-val 0": "'0' is no fraction; give a number between 0 and 1",
-    "pack set/train OUT --split-val 1": "'1' is no fraction",
-    "pack set/train OUT --split-val 1.5": "'1.5' is no fraction",
-    "pack set/train OUT --split-val 10%": "'10%' is no fraction",
-    "pack set/train OUT --split-val nan": "'nan' is no fraction",
-    "pack set/train OUT --split-val 0.01": "--split-val 0.01 leaves no pictures for val of 8; choose another",
-    "pack set/train OUT --split-val 0.99": "--split-val 0.99 leaves no pictures for train of 8; choose another",
-    "pack set/train OUT --split-val 0.5 --name a": "--name and --split-val: ",
-    "pack set/train OUT --subset-classes dgo": "'dgo' is no class of set/train (cat, dog); mend the name",
-    "pack set/train OUT --subset-classes Cat": "'Cat' is no class of set/train (cat, dog)",
-    "pack set/train OUT --subset-classes names/comma": "'eel, electric' is no class of set/train",
-    "pack set/train OUT --subset-classes ''": "'' names no class; give some between commas, or a file",
-    "pack set/train OUT --subset-classes csv/empty": "names no class",
-    "pack set/train/cat OUT --subset-classes cat": "'cat' is no class of set/train/cat (which has no labels)",
+    "pack set/train OUT --limit all": "argument --limit: 'all' is not a count. Give a whole number from 1 to",
+    "pack set/train OUT --split-val 0": "argument --split-val: '0' is not a fraction. Give a number between 0 and 1.",
+    "pack set/train OUT --split-val 1": "argument --split-val: '1' is not a fraction. Give a number between 0 and 1.",
+    "pack set/train OUT --split-val 1.5": "argument --split-val: '1.5' is not a fraction. Give a number between 0 and",
+    "pack set/train OUT --split-val 10%": "argument --split-val: '10%' is not a fraction. Give a number between 0 and",
+    "pack set/train OUT --split-val nan": "argument --split-val: 'nan' is not a fraction. Give a number between 0 and",
+    "pack set/train OUT --split-val 0.01": "--split-val 0.01 leaves no images for val of 8. Choose another fraction.",
+    "pack set/train OUT --split-val 0.99": "--split-val 0.99 leaves no images for train of 8. Choose another fraction.",
+    "pack set/train OUT --split-val 0.5 --name a": "--name does not go with --split-val, which names the two sets",
+    "pack set/train OUT --subset-classes dgo": "'dgo' is not a class of set/train (cat, dog). Correct the name.",
+    "pack set/train OUT --subset-classes Cat": "--subset-classes: 'Cat' is not a class of set/train (cat, dog).",
+    "pack set/train OUT --subset-classes names/comma": "--subset-classes: 'eel, electric' is not a class of set/train",
+    "pack set/train OUT --subset-classes ''": "--subset-classes '' has no class names. Give names between commas, or",
+    "pack set/train OUT --subset-classes csv/empty": "--subset-classes 'csv/empty' has no class names. Give names",
+    "pack set/train/cat OUT --subset-classes cat": "'cat' is not a class of set/train/cat (it has no labels)",
     # ---- re-encoding
-    "pack set/train OUT --quality 90": "--quality is for the pictures that --max-short-side re-encodes; give that too",
-    "pack set/train OUT --quality 0 --max-short-side 64": "'0' is no JPEG quality",
-    "pack set/train OUT --max-short-side 1": "'1' is no number of pixels",
+    "pack set/train OUT --quality 90": "images that --max-short-side re-encodes. Give --max-short-side too",
+    "pack set/train OUT --quality 0 --max-short-side 64": "argument --quality: '0' is not a JPEG quality. Give a",
+    "pack set/train OUT --max-short-side 1": "argument --max-short-side: '1' is not a number of pixels. Give a whole",
     # ---- other sets' classes
-    "pack other OUT --classes packed": "class 'eel' is none of the 2 in packed (cat, dog); give the manifest of the",
-    "pack set/val OUT --classes flat": "--classes flat: packed without labels; give the manifest of a labelled set",
-    "pack set/val/cat OUT --classes packed": "set/val/cat has no labels to number by packed; leave --classes out",
-    "pack set/val OUT --classes set/train": "--classes set/train: no manifest.json there; give the manifest.json of",
+    "pack other OUT --classes packed": "other: class 'eel' is not one of the 2 classes in packed (cat, dog). Give the",
+    "pack set/val OUT --classes flat": "--classes flat: this set has no labels. Give the manifest of a set with",
+    "pack set/val/cat OUT --classes packed": "set/val/cat has no labels, so --classes cannot number them. Leave it out",
+    "pack set/val OUT --classes set/train": "--classes set/train: no manifest.json there. Give the manifest.json of",
     "pack set/val OUT --classes nowhere": "--classes nowhere: no manifest.json there",
     "pack set/val OUT --classes packed/index.npy": "--classes packed/index.npy: no manifest.json there",
-    "pack set/val OUT --classes coco/annotations/instances.json": "instances.json: no manifest of make-shards",
-    "pack set/val OUT --classes ''": "argument --classes: an empty path",
+    "pack set/val OUT --classes coco/annotations/instances.json": "(not a make-shards manifest). Give",
+    "pack set/val OUT --classes ''": "argument --classes: the path is empty. Perhaps a shell variable is not set. See",
     # ---- files of labels
-    "pack set/train/cat OUT --labels 'csv/lines missing'": "has no line for 2.jpg (2 of 4 pictures have none)",
-    "pack set/train/cat OUT --labels csv/blanks": "line '0.jpg a' names a picture; put commas between",
-    "pack set/train/cat OUT --labels 'csv/blanks and a header'": "line '0.jpg a' names a picture; put commas between",
-    "pack set/train/cat OUT --labels 'csv/too many'": "has 5 labels for 4 pictures; give the file that belongs to them",
-    "pack set/train/cat OUT --labels 'csv/two classes'": "gives '0.jpg' two classes, 'a' and 'b'; take one out",
-    "pack set/train/cat OUT --labels 'csv/half a line'": "line '1.jpg' is not PICTURE,CLASS; mend it",
-    "pack set/train/cat OUT --labels 'csv/open quote'": "csv/open quote is no CSV (field larger than field limit",
-    "pack set/train/cat OUT --labels csv/empty": "csv/empty holds no labels; give a CSV of picture and class",
-    "pack set/train/cat OUT --labels csv/utf-16": "csv/utf-16 is no text in UTF-8",
+    "pack set/train/cat OUT --labels 'csv/lines missing'": "has no line for 2 of 4 images, such as 2.jpg.",
+    "pack set/train/cat OUT --labels csv/blanks": "line '0.jpg a' begins with an image. Put commas between",
+    "pack set/train/cat OUT --labels 'csv/blanks and a header'": "begins with an image. Put commas between",
+    "pack set/train/cat OUT --labels 'csv/too many'": "has 5 labels for 4 images. Give the file that belongs",
+    "pack set/train/cat OUT --labels 'csv/two classes'": "'0.jpg' two classes, 'a' and 'b'. Remove one",
+    "pack set/train/cat OUT --labels 'csv/half a line'": "line '1.jpg' is not of the form IMAGE,CLASS. Correct it.",
+    "pack set/train/cat OUT --labels 'csv/open quote'": "csv/open quote is not a CSV file (field larger than field",
+    "pack set/train/cat OUT --labels csv/empty": "csv/empty holds no labels. Give a CSV file of image and class, or a",
+    "pack set/train/cat OUT --labels csv/utf-16": "csv/utf-16 is not text in UTF-8 (",
     "pack set/train/cat OUT --labels csv/kit.tar.gz": "csv/kit.tar.gz: damaged or cut off",
-    "pack set/train/cat OUT --labels csv/nowhere": "cannot read --labels csv/nowhere: no such file; give a CSV",
-    "pack set/train/cat OUT --labels csv": "cannot read --labels csv: a folder; give a CSV",
+    "pack set/train/cat OUT --labels csv/nowhere": "cannot read --labels csv/nowhere (no such file). Give a CSV file",
+    "pack set/train/cat OUT --labels csv": "cannot read --labels csv (it is a folder). Give a CSV file of image and",
     "pack set/train/cat OUT --labels good.tar": "good.tar holds no ILSVRC2012_validation_ground_truth.txt",
-    "pack set/train/cat OUT --labels ''": "argument --labels: an empty path",
-    "pack set/train OUT --labels csv/right": "'0.jpg' is both cat/0.jpg and dog/0.jpg; give their paths in SRC",
+    "pack set/train/cat OUT --labels ''": "argument --labels: the path is empty. Perhaps a shell variable is not set.",
+    "pack set/train OUT --labels csv/right": "'0.jpg' may be cat/0.jpg or dog/0.jpg. Give the paths of the images in",
     # ---- OUT
-    "pack set/train set/train/out": "lie in one another; choose an OUT beside SRC",
-    "pack set/train set": "lie in one another; choose an OUT beside SRC",
-    "pack set/train .": "lie in one another",
-    "pack set/train single.jpg": "cannot write to single.jpg: File exists; choose a folder, or a name that",
-    "pack set/train single.jpg/out": "cannot write to single.jpg/out: Not a directory; choose a folder",
-    "pack packed set/val": "set/val holds cat, which is no part of this packing; choose a new or empty OUT",
-    "pack set/train packed --seed 1": "packed holds another packing (other sources or options); choose another OUT",
-    "pack set/val packed": "packed holds another packing (other sources or options); choose another OUT",
-    "pack set/train packed --split-val 0.5": "packed holds another packing, without --split-val; choose another OUT",
-    "pack set/train unfinished": "unfinished holds another, unfinished packing (other sources or options); choose",
+    "pack set/train set/train/out": "SRC set/train and OUT set/train/out must not contain each other. Choose an OUT",
+    "pack set/train set": "SRC set/train and OUT set must not contain each other. Choose an OUT beside SRC.",
+    "pack set/train .": "SRC set/train and OUT . must not contain each other. Choose an OUT beside SRC.",
+    "pack set/train single.jpg": "cannot write to single.jpg: File exists. Choose a folder, or a name that does not",
+    "pack set/train single.jpg/out": "cannot write to single.jpg/out: Not a directory. Choose a folder, or a name",
+    "pack packed set/val": "set/val holds cat, which does not belong to this packing. Choose a new or empty OUT.",
+    "pack set/train packed --seed 1": "packed holds another packing, of other sources or options. Choose another OUT,",
+    "pack set/val packed": "packed holds another packing, of other sources or options. Choose another OUT, or remove",
+    "pack set/train packed --split-val 0.5": "packed holds another packing, without --split-val. Choose another OUT,",
+    "pack set/train unfinished": "unfinished holds another packing, not finished, of other sources or options. Choose",
     # ---- the other commands
-    "check set": "set: no such folder, or no shards in it; give a folder that 'make-shards pack' made",
-    "check set/train/cat": "set/train/cat: no manifest.json in it, so no shards; give a folder that",
-    "check unfinished": "unfinished: no manifest.json yet, so unfinished; run the same make-shards command again",
-    "check packed/manifest.json": "packed/manifest.json is a file; give the folder that it lies in",
-    "check packed --report nowhere/report.json": "--report nowhere/report.json: no such folder; make it first",
+    "check set": "set: no such folder, or no shards in it. Give a folder that 'make-shards pack' made (with",
+    "check set/train/cat": "set/train/cat: not a shard folder (no manifest.json in it). Give a folder that",
+    "check unfinished": "packing is not finished (no manifest.json yet). Run the same make-shards command again.",
+    "check packed/manifest.json": "packed/manifest.json is a file. Give the folder that it lies in.",
+    "check packed --report nowhere/report.json": "nowhere/report.json: its folder does not exist. Make it first.",
     "info nowhere": "nowhere: no such folder, or no shards in it",
-    "show unfinished --grid x.png": "run the same make-shards command again to finish it",
-    "show packed": "arguments are required: --grid; see make-shards show --help",
-    "show packed --grid x.jpg": "'x.jpg' is no PNG file; give a name that ends in .png",
-    "show packed --grid nowhere/x.png": "cannot write nowhere/x.png: No such file or directory; give --grid a file in",
-    "index nowhere": "nowhere holds no tars; give the folder that does",
-    "index set/train/cat": "set/train/cat holds no tars; give the folder that does",
-    "index packed": "packed holds another packing, of make-shards itself and with its index; nothing is to be done",
-    "index good.tar": "good.tar is a file; give the folder that it lies in",
+    "show unfinished --grid x.png": "packing is not finished (no manifest.json yet). Run the same make",
+    "show packed": "the following arguments are required: --grid. See 'make-shards show --help'.",
+    "show packed --grid x.jpg": "argument --grid: 'x.jpg' is not a PNG file. Use a name that ends in .png. See",
+    "show packed --grid nowhere/x.png": "cannot write nowhere/x.png: No such file or directory. Give --grid a file in",
+    "index nowhere": "nowhere holds no tars. Give the folder that does, or pack its images into another folder.",
+    "index set/train/cat": "set/train/cat holds no tars. Give the folder that does, or pack its images into another",
+    "index packed": "packed was made by make-shards pack, which also wrote its index. There is nothing to do.",
+    "index good.tar": "good.tar is a file. Give the folder that it lies in.",
     "pak set/train OUT": "invalid choice: 'pak'",
 }
 
@@ -345,39 +345,54 @@ def test_one_line_to_act_on(line: str, words: str, refused: Call) -> None:
 
 
 RIGHT = {
-    "pack set/train OUT": ("set/train: folders: 8 pictures, 2 classes (cat, dog)", {"cat": 4, "dog": 4}),
-    "pack set/train/ OUT/": ("set/train/: folders: 8 pictures", {"cat": 4, "dog": 4}),
-    "pack ./set//val/../train OUT": ("./set//val/../train: folders: 8", {"cat": 4, "dog": 4}),
-    "pack set OUT --format folders": ("set: folders: 12 pictures, 2 classes (train, val)", {"train": 8, "val": 4}),
-    "pack set OUT --format flat": ("set: flat: 12 pictures, no labels", {None: 12}),
-    "pack set/train/cat OUT": ("set/train/cat: flat: 4 pictures, no labels", {None: 4}),
-    "pack coco OUT --format flat": ("coco: flat: 2 pictures, no labels; 1 other file ignored", {None: 2}),
-    "pack 'literal/[ab]*?' OUT": ("literal/[ab]*?: folders: 2 pictures", {"cat": 1, "dog": 1}),
-    "pack ./-dash OUT": ("./-dash: folders: 2 pictures", {"cat": 1, "dog": 1}),
-    "pack 'sp ace' OUT": ("sp ace: folders: 2 pictures", {"cat": 1, "dog": 1}),
-    "pack gzipped.tar OUT": ("gzipped.tar: folders: 6 pictures", {"cat": 3, "dog": 3}),
-    "pack 'g[o]?d.tar' OUT": ("g[o]?d.tar: folders: 6 pictures", {"cat": 3, "dog": 3}),
-    "pack split OUT --format webdataset": ("split: webdataset: 12 pictures, no labels", {None: 12}),
-    "pack 'one class.tar' OUT --format folders": ("one class.tar: folders: 2 pictures, 1 class (cat)", {"cat": 2}),
+    "pack set/train OUT": ("set/train: 8 images (format folders), 2 classes (cat, dog)", {"cat": 4, "dog": 4}),
+    "pack set/train/ OUT/": ("set/train/: 8 images (format folders)", {"cat": 4, "dog": 4}),
+    "pack ./set//val/../train OUT": ("./set//val/../train: 8 images (format folders)", {"cat": 4, "dog": 4}),
+    "pack set OUT --format folders": (
+        "set: 12 images (format folders), 2 classes (train, val)",
+        {"train": 8, "val": 4},
+    ),
+    "pack set OUT --format flat": ("set: 12 images (format flat), no labels", {None: 12}),
+    "pack set/train/cat OUT": ("set/train/cat: 4 images (format flat), no labels", {None: 4}),
+    "pack coco OUT --format flat": ("coco: 2 images (format flat), no labels, 1 other file ignored", {None: 2}),
+    "pack 'literal/[ab]*?' OUT": ("literal/[ab]*?: 2 images (format folders)", {"cat": 1, "dog": 1}),
+    "pack ./-dash OUT": ("./-dash: 2 images (format folders)", {"cat": 1, "dog": 1}),
+    "pack 'sp ace' OUT": ("sp ace: 2 images (format folders)", {"cat": 1, "dog": 1}),
+    "pack gzipped.tar OUT": ("gzipped.tar: 6 images (format folders)", {"cat": 3, "dog": 3}),
+    "pack 'g[o]?d.tar' OUT": ("g[o]?d.tar: 6 images (format folders)", {"cat": 3, "dog": 3}),
+    "pack split OUT --format webdataset": ("split: 12 images (format webdataset), no labels", {None: 12}),
+    "pack 'one class.tar' OUT --format folders": (
+        "one class.tar: 2 images (format folders), 1 class (cat)",
+        {"cat": 2},
+    ),
     "pack samples.tar OUT": (
-        "samples.tar: webdataset: 3 pictures, 2 classes (0, 1), 1 picture without a label",
+        "samples.tar: 3 images (format webdataset), 2 classes (0, 1), 1 image without a label",
         {"0": 1, "1": 1, None: 1},
     ),
-    "pack samples.tar OUT --format flat": ("samples.tar: flat: 3 pictures, no labels", {None: 3}),
-    "pack packed OUT": ("packed: webdataset: 8 pictures, 2 classes (cat, dog)", {"cat": 4, "dog": 4}),
-    "pack set/train OUT --limit 100": ("set/train: folders: 8 pictures", {"cat": 4, "dog": 4}),
-    "pack set/train OUT --subset-classes ' dog ,'": ("set/train: folders: 4 pictures, 1 class (dog)", {"dog": 4}),
-    "pack set/train OUT --subset-classes names/typed": ("set/train: folders: 4 pictures, 1 class (dog)", {"dog": 4}),
-    "pack set/val OUT --classes packed/": ("set/val: folders: 4 pictures, 2 classes", {"cat": 2, "dog": 2}),
-    "pack set/val/cat OUT --classes packed --labels csv/c": ("set/val/cat: flat: 2 pictures, 2 classes", {"cat": 2}),
+    "pack samples.tar OUT --format flat": ("samples.tar: 3 images (format flat), no labels", {None: 3}),
+    "pack packed OUT": ("packed: 8 images (format webdataset), 2 classes (cat, dog)", {"cat": 4, "dog": 4}),
+    "pack set/train OUT --limit 100": ("set/train: 8 images (format folders)", {"cat": 4, "dog": 4}),
+    "pack set/train OUT --subset-classes ' dog ,'": ("set/train: 4 images (format folders), 1 class (dog)", {"dog": 4}),
+    "pack set/train OUT --subset-classes names/typed": (
+        "set/train: 4 images (format folders), 1 class (dog)",
+        {"dog": 4},
+    ),
+    "pack set/val OUT --classes packed/": ("set/val: 4 images (format folders), 2 classes", {"cat": 2, "dog": 2}),
+    "pack set/val/cat OUT --classes packed --labels csv/c": (
+        "set/val/cat: 2 images (format flat), 2 classes",
+        {"cat": 2},
+    ),
     **{
         f"pack set/train/cat OUT --labels '{name}'": (
-            "set/train/cat: flat: 4 pictures, 2 classes (a, b)",
+            "set/train/cat: 4 images (format flat), 2 classes (a, b)",
             {"a": 2, "b": 2},
         )
         for name in list(LABELS)[:6]
     },
-    "pack set/train/cat OUT --labels csv/numbers": ("set/train/cat: flat: 4 pictures, 11 classes", {"2": 2, "10": 2}),
+    "pack set/train/cat OUT --labels csv/numbers": (
+        "set/train/cat: 4 images (format flat), 11 classes",
+        {"2": 2, "10": 2},
+    ),
 }
 LABELS["csv/c"] = b"0.jpg,cat\n1.jpg,cat\n"
 
@@ -412,17 +427,17 @@ NAMES = (
 
 
 def test_names_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As classes, as pictures and as broken pictures; nothing that a terminal would obey is printed."""
+    """As classes, as images and as broken images; nothing that a terminal would obey is printed."""
     source, out = tmp_path / "a 'src'\n\x1b[1m", tmp_path / 'an "out"\n\x1b[1m'
     for seed, name in enumerate(NAMES):
         file = Path(os.fsdecode(os.path.join(os.fsencode(source), b"c" + name[:200], name)))
         file.parent.mkdir(parents=True)
-        file.write_bytes(picture(seed))
+        file.write_bytes(make_image(seed))
         file.with_name("broken " + file.name[-200:]).write_text("<html>")
     deep = source / "deep" / LONG_FOLDERS
     deep.mkdir(parents=True)
-    (deep / "1.PNG").write_bytes(picture(99, "PNG"))
-    (deep / "2.JPG").write_bytes(picture(98, "PNG"))
+    (deep / "1.PNG").write_bytes(make_image(99, "PNG"))
+    (deep / "2.JPG").write_bytes(make_image(98, "PNG"))
     assert main(["pack", str(source), str(out), "--workers", "1"]) == 0
     assert main(["check", str(out), "--workers", "1"]) == 0
     assert main(["info", str(out)]) == 0
@@ -451,17 +466,17 @@ def test_extensions_of_any_case_and_of_other_formats(tmp_path: Path, capsys: pyt
         "TIFF": "TIFF",
         "Gif": "GIF",
     }
-    put(tmp_path / "src", {f"a/1.{extension}": picture(1, format) for extension, format in formats.items()})
+    put(tmp_path / "src", {f"a/1.{extension}": make_image(1, format) for extension, format in formats.items()})
     put(
         tmp_path / "src",
-        {"b/html.jpg": b"<!DOCTYPE html>", "b/empty.jpg": b"", "b/1.JPG": picture(2), "b/x.JPG.txt": b""},
+        {"b/html.jpg": b"<!DOCTYPE html>", "b/empty.jpg": b"", "b/1.JPG": make_image(2), "b/x.JPG.txt": b""},
     )
     assert main(["pack", str(tmp_path / "src"), str(tmp_path / "out"), "--workers", "1"]) == 0
     lines = capsys.readouterr().out.split("\n")
-    assert lines[0].endswith("src: folders: 10 pictures, 2 classes (a, b); 1 other file ignored")
-    assert lines[1].endswith("out: 6 pictures, 2 classes, 1 shard, 15,872 bytes")
-    assert lines[2].startswith("4 pictures left out, with the reason in ")
-    assert lines[3] == "  a/1.Gif: GIF picture; shards hold JPEG, PNG and WebP"
+    assert lines[0].endswith("src: 10 images (format folders), 2 classes (a, b), 1 other file ignored")
+    assert lines[1].endswith("out: 6 images, 2 classes, 1 shard, 15,872 bytes")
+    assert lines[2].startswith("4 images rejected, listed with the reasons in ")
+    assert lines[3] == "  a/1.Gif: GIF image; shards hold JPEG, PNG and WebP"
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         kinds = Counter(name.rpartition(".")[2] for name in tar.getnames())
     assert kinds == {"jpg": 4, "png": 1, "webp": 1, "cls": 6}
@@ -493,7 +508,7 @@ def test_a_link_to_another_folder_is_followed(tmp_path: Path) -> None:
 def test_a_source_that_changes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pack", "grown", str(tmp_path / "out"), "--format", "folders", "--workers", "1"]) == 1
     line = capsys.readouterr().err
-    assert line.startswith("make-shards: grown/cat/x.jpg changed while it was being packed; leave SRC alone and run ")
+    assert line.startswith("make-shards: grown/cat/x.jpg changed while it was being packed. Leave SRC alone and run ")
     assert line.count("\n") == 1
     assert not (tmp_path / "out" / MANIFEST_FILE).exists()
     assert not list(tmp_path.rglob("*.tmp"))
@@ -507,19 +522,19 @@ def test_pieces_of_an_out_are_not_packed_over(
     for line in ("pack set/train OUT --limit 3", "pack set/train OUT --check header", "pack set/val OUT"):
         status, _, errors = typed(line)
         assert (status, errors.count("\n")) == (1, 1)
-        assert "holds another packing (other sources or options); choose another OUT, or remove it first" in errors
+        assert "holds another packing, of other sources or options. Choose another OUT, or remove it first" in errors
     assert "out: already complete" in typed("pack set/train/ OUT/")[1]
     assert contents(tmp_path / "out") == before
     (tmp_path / "out" / MANIFEST_FILE).unlink()
-    assert "holds duplicates.csv, which is no part of this packing" in typed("pack set/train OUT")[2]
+    assert "holds duplicates.csv, which does not belong to this packing" in typed("pack set/train OUT")[2]
 
 
 def test_a_home_that_the_shell_did_not_expand(
     typed: Typed, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "pictures").symlink_to(world / "set" / "train")
-    assert typed("pack '~/pictures' '~/out'")[0] == 0
+    (tmp_path / "images").symlink_to(world / "set" / "train")
+    assert typed("pack '~/images' '~/out'")[0] == 0
     assert balance(tmp_path / "out") == {"cat": 4, "dog": 4}
 
 
@@ -529,7 +544,7 @@ def test_a_split_is_two_folders(typed: Typed, tmp_path: Path) -> None:
     assert balance(tmp_path / "out" / "val") == {"cat": 1, "dog": 1}
     assert typed("pack set/train OUT --split-val 0.25")[1].count("already complete") == 2
     assert "train holds another packing" in typed("pack set/train OUT --split-val 0.5")[2]
-    assert "out holds train, which is no part of this packing" in typed("pack set/train OUT")[2]
+    assert "out holds train, which does not belong to this packing" in typed("pack set/train OUT")[2]
     for command in ("check OUT", "info OUT", "show OUT --grid x.png"):
         assert "(with --split-val: its train or val)" in typed(command)[2]
 
@@ -542,15 +557,15 @@ def test_indexing_again_after_a_change(typed: Typed, tmp_path: Path) -> None:
     assert typed(f"index {theirs}")[0] == 0
     (theirs / "b.tar").write_bytes(tar_of(SAMPLES))
     tables = (MANIFEST_FILE, INDEX_FILE, REJECTED_FILE, DUPLICATES_FILE)
-    advice = f"to index it anew, remove {', '.join(tables)}, .parts"
+    advice = f"To index it again, remove {', '.join(tables)}, .parts"
     for line in (f"index {theirs}", f"index {theirs} --check header"):
-        assert f"{theirs} holds another packing (other sources or options); {advice}" in typed(line)[2]
+        assert f"{theirs} holds another packing, of other sources or options. {advice}" in typed(line)[2]
     for table in tables:
         (theirs / table).unlink()
     assert typed(f"index {theirs}")[0] == 0
     assert balance(theirs) == {"0": 2, "1": 2, None: 2}
-    assert "a.tar: damaged at offset 0: cut off" in typed(f"index {tmp_path}/cut")[2]
-    assert "a.tar: zip, which cannot be read by offsets; pack it instead" in typed(f"index {tmp_path}/zip")[2]
+    assert "a.tar: damaged at offset 0 (cut off)" in typed(f"index {tmp_path}/cut")[2]
+    assert "a.tar is a zip file, which cannot be read by offsets. Pack it instead." in typed(f"index {tmp_path}/zip")[2]
     assert [path.name for path in (tmp_path / "zip").iterdir()] == ["a.tar"]
 
 
@@ -589,10 +604,10 @@ Shell = Callable[..., subprocess.CompletedProcess[str]]
 
 def test_a_pattern_without_quotes(shell: Shell, tmp_path: Path) -> None:
     run = shell("$make pack split/*.tar $out")
-    words = f"too many arguments: {tmp_path}/out; put a pattern in quotes, or the shell expands it"
-    assert (run.returncode, run.stderr) == (2, f"make-shards: {words}; see make-shards --help\n")
+    words = f"too many arguments ({tmp_path}/out). Put a pattern in quotes, or the shell expands it"
+    assert (run.returncode, run.stderr) == (2, f"make-shards pack: {words}. See 'make-shards pack --help'.\n")
     run = shell("$make pack split/*.tar")  # OUT forgotten as well: the second archive is taken for it
-    assert run.stderr.startswith("make-shards: cannot write to split/a-val.tar: File exists; choose a folder, ")
+    assert run.stderr.startswith("make-shards: cannot write to split/a-val.tar: File exists. Choose a folder, ")
 
 
 def test_output_that_nobody_reads(shell: Shell, tmp_path: Path) -> None:
@@ -604,14 +619,14 @@ def test_output_that_nobody_reads(shell: Shell, tmp_path: Path) -> None:
     run = shell("$make info packed > /dev/full")
     assert (run.returncode, run.stderr) == (
         1,
-        "make-shards: cannot print: No space left on device; send the output elsewhere\n",
+        "make-shards: cannot print: No space left on device. Send the output elsewhere.\n",
     )
 
 
 def test_terminals_of_other_locales(
     shell: Shell, world: Path, tmp_path: Path, contents: Callable[[Path], dict[str, bytes]]
 ) -> None:
-    put(tmp_path, class_folders("\u00e9/\u00fc", 1) | {"\u00e9/x/\u00e4.jpg": picture(1)})
+    put(tmp_path, class_folders("\u00e9/\u00fc", 1) | {"\u00e9/x/\u00e4.jpg": make_image(1)})
     source = shlex.quote(f"{tmp_path}/\u00e9")
     plain = {"LC_ALL": "C", "LANG": "C"}
     assert shell(f"$make pack {source} $out --format folders").returncode == 0
@@ -620,7 +635,7 @@ def test_terminals_of_other_locales(
     run = shell(f"$make pack {source} $out-ascii", **plain, PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert (run.returncode, run.stderr) == (
         1,
-        "make-shards: file names are taken as ascii in this locale; set PYTHONUTF8=1, and run it again\n",
+        "make-shards: file names are decoded as ascii in this locale. Set PYTHONUTF8=1, and run it again.\n",
     )
 
 
@@ -636,7 +651,7 @@ def test_terminals_without_a_size(world: Path, terminal: str) -> None:
         while data := terminal_.read(1 << 16):
             printed += data
     assert process.wait(60) == 0
-    assert b"packed: all is well: 8 pictures, 1 shard, " in printed
+    assert b"packed: no problems in 8 images, 1 shard, " in printed
     assert b"Traceback" not in printed
 
 
@@ -659,9 +674,9 @@ def test_the_second_of_two_is_refused_and_goes_on_when_the_first_is_killed(tmp_p
     second = run()
     os.killpg(first.pid, signal.SIGKILL)
     first.wait(60)
-    words = "another make-shards is at work in it; wait, or choose another folder"
+    words = "another make-shards is writing into it. Wait, or choose another folder."
     assert (second.returncode, second.stdout, second.stderr) == (1, "", f"make-shards: {out}: {words}\n")
-    assert "holds another, unfinished packing (other sources or options)" in run("--check", "header").stderr
+    assert "holds another packing, not finished, of other sources or options." in run("--check", "header").stderr
     assert main(["check", str(out)]) == 1
     again = run()
     assert (again.returncode, again.stderr) == (0, "")

@@ -18,7 +18,7 @@ def expected(folder: Path) -> Counter[tuple[bytes, bytes]]:
     return Counter(zip(index.read(range(len(index))), labels, strict=True))
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage collector
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its files to the garbage builder
 def test_webdataset(packed: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
     paths = sorted(map(str, packed.glob("*.tar")))
@@ -26,7 +26,7 @@ def test_webdataset(packed: Path) -> None:
     found = [(next(sample[e] for e in EXTENSIONS if e in sample), sample["cls"]) for sample in samples]
     assert Counter(found) == expected(packed)
     index = ShardIndex(packed)
-    assert [sample["__key__"] for sample in samples] == [index.key(id) for id in range(len(index))]
+    assert [sample["__key__"] for sample in samples] == [index.read_key(id) for id in range(len(index))]
 
 
 def dali_index(tar_path: str, folder: Path) -> str:
@@ -63,5 +63,5 @@ def test_dali(packed: Path, tmp_path: Path, indexed: bool) -> None:
     wanted = expected(packed)
     assert meta["epoch_size"] == wanted.total()
     runs = [pipe.run() for _ in range(wanted.total())]
-    found = [(np.array(picture[0]).tobytes(), np.array(label[0]).tobytes()) for picture, label in runs]
+    found = [(np.array(image[0]).tobytes(), np.array(label[0]).tobytes()) for image, label in runs]
     assert Counter(found) == wanted

@@ -298,7 +298,7 @@ def _both(one: Tensor | None, two: Tensor | None) -> tuple[Tensor, Tensor | None
 
 
 def _launch_normalize(layer: _Layer, residual: Tensor | None, around: _Layer | None) -> Tensor:
-    """The ReLU of the layer's normalised x, plus `residual`, which is normalised too where it is `around`'s x."""
+    """The ReLU of the layer's normalized x, plus `residual`, which is normalized too where it is `around`'s x."""
     x, grid, y = layer.x, _grid(layer.x), torch.empty_like(layer.x)
     with torch.cuda.device_of(x):
         _normalize[(grid.programs,)](
@@ -328,7 +328,7 @@ def _launch_gradient_sums(
 
 
 def _launch_gradient(layer: _Layer, grad: Tensor, sums: Tensor, relu: bool) -> Tensor:
-    """Of the layer's x; relu: where its normalised value was positive."""
+    """Of the layer's x; relu: where its normalized value was positive."""
     x, grid, grad_x = layer.x, _grid(layer.x), torch.empty_like(layer.x)
     with torch.cuda.device_of(x):
         _input_gradient[(grid.programs,)](
@@ -482,7 +482,7 @@ def _input_gradient(
     tl.store(grad_x + place, g.to(grad_x.dtype.element_ty), mask=mask)
 
 
-# The stem's. A row is a pixel of the pooled output. Its window is centred at twice its place, and of the input's four
+# The stem's. A row is a pixel of the pooled output. Its window is centered at twice its place, and of the input's four
 # pixels from there on (its quad) each lies in one, two or four windows: the row's own, the next one's to the right,
 # the next one's below, and that between the two.
 
@@ -492,7 +492,7 @@ def _pool(
     x, weight, bias, mean, inverse_std, y, places, rows, channels, height, width, pooled_height, pooled_width,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The largest of a window's normalised values that is not negative, and which of its nine pixels has it.
+    """The largest of a window's normalized values that is not negative, and which of its nine pixels has it.
 
     Where a channel's scale is positive that is the pixel of the largest x, else of the smallest; the first of equal
     ones. A NaN among them need not be looked for: it makes the channel's mean NaN, and so all of its results.
@@ -669,7 +669,7 @@ def _places(row, channel, channels):
 
 @triton.jit
 def _scaling(weight, bias, mean, inverse_std, channel, inside):
-    """What a channel's values are centred by, multiplied with, and shifted by."""
+    """What a channel's values are centered by, multiplied with, and shifted by."""
     scale = tl.load(weight + channel, mask=inside, other=0.0) * tl.load(inverse_std + channel, mask=inside, other=0.0)
     center = tl.load(mean + channel, mask=inside, other=0.0)
     return center, scale, tl.load(bias + channel, mask=inside, other=0.0)

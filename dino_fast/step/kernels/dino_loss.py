@@ -68,7 +68,7 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: Tenso
             f"and teacher logits of {tuple(teacher.shape)}"
         )
     if center.shape != (1, prototypes) or center.dtype != torch.float32:
-        raise ValueError(f"the centre must be float32 [1, {prototypes}], not {center.dtype} {tuple(center.shape)}")
+        raise ValueError(f"the center must be float32 [1, {prototypes}], not {center.dtype} {tuple(center.shape)}")
     if teacher_temp.numel() != 1 or teacher_temp.dtype != torch.float32:
         kind = f"{teacher_temp.dtype} {tuple(teacher_temp.shape)}"
         raise ValueError(f"the teacher's temperature must be one float32, not {kind}")
@@ -76,13 +76,13 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: Tenso
         if logits.dtype not in (torch.float16, torch.bfloat16, torch.float32):
             raise ValueError(f"logits must be float16, bfloat16 or float32, not {logits.dtype}")
     if not (student.is_contiguous() and teacher.is_contiguous() and center.is_contiguous()):
-        raise ValueError("logits and centre must be contiguous")
+        raise ValueError("logits and center must be contiguous")
     if not student.device == teacher.device == center.device == teacher_temp.device:
-        raise ValueError("logits, centre and the teacher's temperature must be on one device")
+        raise ValueError("logits, center and the teacher's temperature must be on one device")
 
 
 class _Workspace(NamedTuple):
-    """All that a loss allocates besides its results. Statistics and the centre live until the backward pass.
+    """All that a loss allocates besides its results. Statistics and the center live until the backward pass.
 
     With blocks = ⌈K / block⌉ of block = PARTS_TILE / V prototypes, it takes
 
@@ -92,11 +92,11 @@ class _Workspace(NamedTuple):
     """
 
     student_parts: Tensor  # [B, blocks, 4, V]: max s, Σ exp((s − max s)/T_s), Σ e_t · (s − max s) of both t (see below)
-    teacher_parts: Tensor  # [B, blocks, 2, 3]: max y, Σ e_t, Σ e_t · (y − max y), with y = logit − centre
+    teacher_parts: Tensor  # [B, blocks, 2, 3]: max y, Σ e_t, Σ e_t · (y − max y), with y = logit − center
     column_means: Tensor  # [groups of images, K]: their parts of the teacher's mean
     center: Tensor  # [1, K], as the forward pass saw it
     student_stats: Tensor  # [V·B, 2]: the row's maximum, and its teachers / Σ exp((s − max s)/T_s)
-    teacher_stats: Tensor  # [2·B, 2]: the row's maximum after centring, and 1 / Σ e_t; e_t = exp((y − max y)/T_t)
+    teacher_stats: Tensor  # [2·B, 2]: the row's maximum after centering, and 1 / Σ e_t; e_t = exp((y − max y)/T_t)
     terms: Tensor  # [2, B]: the images' parts of the loss and of the entropy
 
 
@@ -215,12 +215,12 @@ def _partials(
 
 
 @triton.jit
-def _teacher_part(centred, inside, sharpness, target, WHOLE: tl.constexpr):
+def _teacher_part(centered, inside, sharpness, target, WHOLE: tl.constexpr):
     """Store the three parts of a block of a teacher row; returns its exp((y − max y)/T_t)."""
     if not WHOLE:
-        centred = tl.where(inside, centred, FLOOR)
-    top = _max(centred, 0)
-    below = centred - top
+        centered = tl.where(inside, centered, FLOOR)
+    top = _max(centered, 0)
+    below = centered - top
     weight = tl.exp2(below * (sharpness * LOG2_E))
     tl.store(target, top)
     tl.store(target + 1, _sum(weight, 0))

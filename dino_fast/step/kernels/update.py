@@ -19,9 +19,9 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from dino_fast.run.schedules import Hyper
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.optimizers import LARS
-from dino_fast.step.update import Updated
+from dino_fast.step.update import UpdateOutput
 
 BLOCK = tl.constexpr(1024)  # values that a program has in registers at a time, of each tensor it reads
 CHUNK = tl.constexpr(8192)  # values a program
@@ -58,7 +58,7 @@ class _Rule(NamedTuple):
 class FusedUpdate:
     """Clips each gradient, moves the student by the optimizer's rule, then the teacher towards it.
 
-    The rules are those of `clip_gradients`, `Optimizer.step` and `ema_update` in turn, gradients being unscaled first.
+    The rules are those of `clip_gradients`, `Optimizer.step` and `update_ema` in turn, gradients being unscaled first.
     The gradients themselves stay as they are. Where any of them is not finite, the optimizer does nothing at all, as
     under torch's GradScaler, and the teacher moves all the same.
     """
@@ -100,7 +100,7 @@ class FusedUpdate:
         self._allocate(rows, _chunks(numels))
 
     @torch.no_grad()
-    def __call__(self, hyper: Tensor, inverse_scale: Tensor | None = None) -> Updated:
+    def __call__(self, hyper: Tensor, inverse_scale: Tensor | None = None) -> UpdateOutput:
         """One update. hyper: float32 [5] on the device, as `pack` orders it.
 
         inverse_scale: float32, one element on the device, what gradients are multiplied by first; None: 1.
@@ -123,7 +123,7 @@ class FusedUpdate:
                 *where, self._chunks, hyper, self._coefficients,
                 rule.adamw, rule.beta1, rule.beta2, rule.eps, self._half, self._aligned, **AS_WRITTEN,
             )  # fmt: skip
-        return Updated(outcome[0], outcome[1], outcome[2:])
+        return UpdateOutput(outcome[0], outcome[1], outcome[2:])
 
     @torch.no_grad()
     def _renew_halves(self) -> None:

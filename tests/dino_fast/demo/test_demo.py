@@ -1,4 +1,4 @@
-"""The demo, small: it ends well, prints its scores, leaves the user's folder alone; one line where it cannot go on."""
+"""A small demo ends well, prints its scores and leaves the user's folder alone. A failure is one line."""
 
 import hashlib
 import re
@@ -11,26 +11,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dino_fast.config import Recipe
-from dino_fast.demo import own
-from dino_fast.demo.__main__ import DRAWN, RECIPE, fitted, main, recipe_of, steps_of
+from dino_fast.demo import user_images
+from dino_fast.demo.__main__ import main
 from dino_fast.demo.draw import PATTERNS
+from dino_fast.demo.image_sets import IMAGES_PER_CLASS
+from dino_fast.demo.recipe import RECIPE_FILE, count_steps, fit_recipe, read_demo_recipe
 from dino_fast.run.schedules import Schedules
 from shards.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_demo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "dino_fast.demo", "--output", str(folder / "demo"), *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
 
 
-def contents(folder: Path) -> dict[str, str]:
+def hash_files(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.*")}
 
 
-def pictures(folder: Path, names: list[str], count: int, size: tuple[int, int] = (60, 50)) -> Path:
+def write_images(folder: Path, names: list[str], count: int, size: tuple[int, int] = (60, 50)) -> Path:
     for place, name in enumerate(names):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number in range(count):
@@ -40,55 +41,55 @@ def pictures(folder: Path, names: list[str], count: int, size: tuple[int, int] =
 
 
 @pytest.mark.slow
-def test_the_drawn_demo_twice(tmp_path: Path) -> None:
+def test_the_drawn_demo_can_run_twice(tmp_path: Path) -> None:
     for _ in range(2):
-        done = demo(tmp_path, "--pictures", "6", "--steps", "3")
+        done = run_demo(tmp_path, "--images-per-class", "6", "--steps", "3")
         assert done.returncode == 0, done.stderr
         assert re.search(r"before training +\d+\.\d %\n +after training +\d+\.\d %", done.stdout)
         assert "torchrun --nproc_per_node 8" in done.stdout
     home = tmp_path / "demo" / "drawn"
-    assert len(list((home / "pictures" / "train").rglob("*.jpg"))) == 6 * len(PATTERNS)
+    assert len(list((home / "images" / "train").rglob("*.jpg"))) == 6 * len(PATTERNS)
     assert len(list((home / "run").glob("step-*.pt"))) == 1
     assert (home / "run" / "metrics.jsonl").is_file()
 
 
 @pytest.mark.slow
-def test_ones_own_class_folders(tmp_path: Path) -> None:
-    mine = pictures(tmp_path / "my pictures", ["a", "b", "c"], 10)
-    (mine / "a" / "broken.jpg").write_bytes(b"\xff\xd8 not much of a picture")
-    before = contents(mine)
-    done = demo(tmp_path, "--steps", "2", "--images", str(mine))
+def test_the_users_own_class_folders(tmp_path: Path) -> None:
+    mine = write_images(tmp_path / "my images", ["a", "b", "c"], 10)
+    (mine / "a" / "broken.jpg").write_bytes(b"\xff\xd8 not much of an image")
+    before = hash_files(mine)
+    done = run_demo(tmp_path, "--steps", "2", "--images", str(mine))
     assert done.returncode == 0, done.stderr
-    assert "left out: a/broken.jpg" in done.stdout
+    assert "a/broken.jpg is left out" in done.stdout
     assert "after training" in done.stdout
-    assert "6 pictures in 3 classes" in done.stdout
+    assert "6 images in 3 classes" in done.stdout
     assert "photographs are not" in done.stdout
-    assert contents(mine) == before
+    assert hash_files(mine) == before
 
 
 @pytest.mark.slow
 def test_a_flat_folder_has_no_score(tmp_path: Path) -> None:
-    mine = pictures(tmp_path / "flat", ["."], 20)
-    done = demo(tmp_path, "--steps", "2", "--images", str(mine))
+    mine = write_images(tmp_path / "flat", ["."], 20)
+    done = run_demo(tmp_path, "--steps", "2", "--images", str(mine))
     assert done.returncode == 0, done.stderr
-    assert "No k-NN score" in done.stdout
+    assert "There is no k-NN score" in done.stdout
     assert "before training" not in done.stdout
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "few", "broken", "around", "inside"])
-def test_what_it_cannot_do_is_one_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failure_is_one_line(case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output, images = tmp_path / "demo", tmp_path / case
     if case == "empty":
         images.mkdir()
     elif case in ("few", "around"):
-        pictures(images, ["a", "b"], 3)
+        write_images(images, ["a", "b"], 3)
     elif case == "broken":
         images.mkdir()
         (images / "1.jpg").write_bytes(b"nothing")
     if case == "around":
         output = images / "demo"
     if case == "inside":
-        images = pictures(output / "own" / "pictures", ["a", "b"], 3)
+        images = write_images(output / "user" / "images", ["a", "b"], 3)
     assert main(["--output", str(output), "--images", str(images)]) == 1
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -98,34 +99,34 @@ def test_what_it_cannot_do_is_one_line(case: str, tmp_path: Path, capsys: pytest
     assert not (images / "demo").exists()
 
 
-def test_what_it_did_not_make_it_does_not_clear(tmp_path: Path) -> None:
+def test_a_folder_of_somebody_else_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("precious")
     with pytest.raises(UserError, match="was not made by the demo"):
-        own.cleared(tmp_path / "run")
+        user_images.make_empty_folder(tmp_path / "run")
     assert (tmp_path / "run" / "thesis.txt").read_text() == "precious"
-    made = own.cleared(tmp_path / "other")
+    made = user_images.make_empty_folder(tmp_path / "other")
     (made / "step.pt").touch()
-    own.cleared(made)
-    assert [path.name for path in made.iterdir()] == [own.MARK]
+    user_images.make_empty_folder(made)
+    assert [path.name for path in made.iterdir()] == [user_images.MARKER_FILE]
 
 
 def test_one_in_five_of_each_class_is_set_aside(make_class_folders: Callable[..., Path], tmp_path: Path) -> None:
-    found = own.survey(make_class_folders(classes=3, per_class=10), tmp_path / "demo", most=1000)
-    assert [found.found, found.classes, len(found.chosen)] == [30, 3, 30]
-    val = [choice for choice in found.chosen if choice.target.startswith("val/")]
-    assert sorted(choice.target.split("/")[1] for choice in val) == sorted(["class_0", "class_1", "class_2"] * 2)
-    assert len({choice.source for choice in found.chosen}) == len({choice.target for choice in found.chosen}) == 30
+    found = user_images.select_images(make_class_folders(classes=3, per_class=10), tmp_path / "demo", limit=1000)
+    assert [found.found, found.classes, len(found.copies)] == [30, 3, 30]
+    val = [copy for copy in found.copies if copy.target.startswith("val/")]
+    assert sorted(copy.target.split("/")[1] for copy in val) == sorted(["class_0", "class_1", "class_2"] * 2)
+    assert len({copy.source for copy in found.copies}) == len({copy.target for copy in found.copies}) == 30
 
 
 def test_the_limit_takes_evenly_from_the_classes(tmp_path: Path) -> None:
     mine = tmp_path / "mine"
     for name, count in (("few", 3), ("many", 50), ("more", 80)):
-        pictures(mine, [name], count, (8, 8))
-    found = own.survey(mine, tmp_path / "demo", most=43)
-    taken = [choice.source.split("/")[0] for choice in found.chosen]
+        write_images(mine, [name], count, (8, 8))
+    found = user_images.select_images(mine, tmp_path / "demo", limit=43)
+    taken = [copy.source.split("/")[0] for copy in found.copies]
     assert {name: taken.count(name) for name in set(taken)} == {"few": 3, "many": 20, "more": 20}
-    assert "taking 43" in found.text()
+    assert "The demo takes 43" in found.describe()
 
 
 def test_copies_are_small_upright_rgb(tmp_path: Path) -> None:
@@ -135,8 +136,8 @@ def test_copies_are_small_upright_rgb(tmp_path: Path) -> None:
     exif[0x0112] = 6  # the camera was held upright
     Image.new("RGB", (900, 600), (200, 10, 10)).save(mine / "a.jpg", exif=exif)
     Image.new("RGBA", (90, 70)).save(mine / "b.png")
-    found = own.survey(mine, tmp_path / "demo", most=10)
-    assert own.stage(found, tmp_path / "copies", lambda: None) == []
+    found = user_images.select_images(mine, tmp_path / "demo", limit=10)
+    assert user_images.copy_images(found, tmp_path / "copies", lambda: None) == []
     sizes = []
     for path in sorted((tmp_path / "copies").rglob("*.jpg")):
         with Image.open(path) as image:
@@ -144,21 +145,23 @@ def test_copies_are_small_upright_rgb(tmp_path: Path) -> None:
     assert sizes == [("RGB", (160, 240)), ("RGB", (90, 70))]
 
 
-def test_the_recipe_is_fitted_to_the_number_of_pictures(tmp_path: Path) -> None:
-    recipe = read(tmp_path)
-    whole = DRAWN * len(PATTERNS)
-    wanted = steps_of(recipe, whole)
-    for pictures_ in (16, 40, 100, 700, 1600):
-        fit = fitted(recipe, pictures_, None)
-        assert fit.batch_size <= pictures_
-        assert steps_of(fit, pictures_) == wanted
-        schedules = Schedules(fit, pictures_ // fit.batch_size)
+def test_the_recipe_is_fitted_to_the_number_of_images(tmp_path: Path) -> None:
+    assert RECIPE_FILE == ROOT / "configs" / "cpu_demo.yaml"
+    recipe = read_demo_recipe(tmp_path, seed=0)
+    whole = IMAGES_PER_CLASS * len(PATTERNS)
+    wanted = count_steps(recipe, whole)
+    for images in (16, 40, 100, 700, 1600):
+        fit = fit_recipe(recipe, images, None)
+        assert fit.batch_size <= images
+        assert count_steps(fit, images) == wanted
+        schedules = Schedules(fit, images // fit.batch_size)
         assert schedules.warmup_steps == Schedules(recipe, whole // recipe.batch_size).warmup_steps
-    assert steps_of(fitted(recipe, 100, 7), 100) == 7
+    assert count_steps(fit_recipe(recipe, 100, 7), 100) == 7
 
 
-def read(home: Path) -> Recipe:
-    import argparse
-
-    assert RECIPE == ROOT / "configs" / "cpu_demo.yaml"
-    return recipe_of(home, argparse.Namespace(seed=0))
+def test_a_wrong_flag_is_one_line_with_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--image-per-class", "3"])
+    assert ended.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert "unknown flag --image-per-class. Did you mean --images-per-class?" in line

@@ -1,4 +1,4 @@
-"""The drawn image set: a pure function of its arguments, and colour tells nothing of the class."""
+"""The drawn image set is a pure function of its arguments, and color tells nothing about the class."""
 
 import hashlib
 from pathlib import Path
@@ -13,16 +13,16 @@ from shards.errors import UserError
 CLASSES = list(draw.PATTERNS)
 
 
-def digests(folder: Path) -> dict[str, str]:
+def hash_images(folder: Path) -> dict[str, str]:
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*.jpg")}
 
 
-def picture(label: int, number: int) -> Image.Image:
-    return draw.draw_picture(CLASSES[label], np.random.default_rng([7, label, number]))
+def draw_one(label: int, number: int) -> Image.Image:
+    return draw.draw_image(CLASSES[label], np.random.default_rng([7, label, number]))
 
 
-def nearest_neighbours_right(train: np.ndarray, val: np.ndarray, k: int = 15) -> float:
-    """Share of val [C, M, F] whose class the k nearest of train [C, N, F] vote for, features standardised."""
+def score_nearest_neighbors(train: np.ndarray, val: np.ndarray, k: int = 15) -> float:
+    """Return the share of val [C, M, F] whose class gets most votes of the k nearest of train [C, N, F]."""
     classes, count, width = train.shape
     mean, spread = train.mean((0, 1)), train.std((0, 1))
     base, asked = ((x.reshape(-1, width) - mean) / spread for x in (train, val))
@@ -32,11 +32,11 @@ def nearest_neighbours_right(train: np.ndarray, val: np.ndarray, k: int = 15) ->
     return float((chosen == np.arange(classes).repeat(val.shape[1])).mean())
 
 
-def test_the_same_arguments_give_the_same_files_and_counts_change_no_picture(tmp_path: Path) -> None:
-    few = digests(draw.draw_dataset(tmp_path / "few", 2, 1, seed=3))
-    again = digests(draw.draw_dataset(tmp_path / "again", 2, 1, seed=3))
-    more = digests(draw.draw_dataset(tmp_path / "more", 3, 2, seed=3))
-    other = digests(draw.draw_dataset(tmp_path / "other", 2, 1, seed=4))
+def test_the_same_arguments_give_the_same_files_and_counts_change_no_image(tmp_path: Path) -> None:
+    few = hash_images(draw.draw_dataset(tmp_path / "few", 2, 1, seed=3))
+    again = hash_images(draw.draw_dataset(tmp_path / "again", 2, 1, seed=3))
+    more = hash_images(draw.draw_dataset(tmp_path / "more", 3, 2, seed=3))
+    other = hash_images(draw.draw_dataset(tmp_path / "other", 2, 1, seed=4))
     assert few == again
     assert few.items() <= more.items()
     assert not set(few.values()) & set(other.values())
@@ -70,10 +70,10 @@ def test_a_finished_drawing_is_kept_and_another_replaces_it(tmp_path: Path) -> N
     draw.draw_dataset(tmp_path / "set", 1, 1, seed=0, progress=lambda: calls.append(1))
     assert len(calls) == 2 * len(CLASSES)
     draw.draw_dataset(tmp_path / "set", 2, 1, seed=0)
-    assert len(digests(tmp_path / "set")) == 3 * len(CLASSES)
+    assert len(hash_images(tmp_path / "set")) == 3 * len(CLASSES)
 
 
-def test_an_interrupted_drawing_is_not_taken_as_finished(tmp_path: Path) -> None:
+def test_an_interrupted_drawing_does_not_count_as_finished(tmp_path: Path) -> None:
     left = iter(range(5))
 
     def stop() -> None:
@@ -84,11 +84,11 @@ def test_an_interrupted_drawing_is_not_taken_as_finished(tmp_path: Path) -> None
         draw.draw_dataset(tmp_path / "set", 1, 1, seed=0, progress=stop)
     assert not (tmp_path / "set").exists()
     whole = draw.draw_dataset(tmp_path / "set", 1, 1, seed=0)
-    assert len(digests(whole)) == 2 * len(CLASSES)
+    assert len(hash_images(whole)) == 2 * len(CLASSES)
     assert [p.name for p in tmp_path.iterdir()] == ["set"]
 
 
-def test_what_it_refuses(tmp_path: Path) -> None:
+def test_folders_of_somebody_else_and_wrong_counts_are_refused(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "photo.jpg").write_bytes(b"precious")
     (tmp_path / "file").write_text("not a folder")
@@ -100,21 +100,21 @@ def test_what_it_refuses(tmp_path: Path) -> None:
         draw.draw_dataset(tmp_path / "set", 0, 1, seed=0)
 
 
-def test_colour_tells_nothing_of_the_class() -> None:
-    """Mean and spread of red, green and blue put no more pictures in their class than twice what chance does."""
-    pictures = [[np.asarray(picture(label, n), np.float64) for n in range(40)] for label in range(len(CLASSES))]
-    features = np.array([[np.concatenate([p.mean((0, 1)), p.std((0, 1))]) for p in row] for row in pictures])
+def test_color_tells_nothing_about_the_class() -> None:
+    """Mean and spread of red, green and blue classify at most twice as many images as chance does."""
+    images = [[np.asarray(draw_one(label, n), np.float64) for n in range(40)] for label in range(len(CLASSES))]
+    features = np.array([[np.concatenate([p.mean((0, 1)), p.std((0, 1))]) for p in row] for row in images])
     chance = 1 / len(CLASSES)
-    assert nearest_neighbours_right(features[:, :28, :3], features[:, 28:, :3]) < 2 * chance
-    assert nearest_neighbours_right(features[:, :28], features[:, 28:]) < 2 * chance
+    assert score_nearest_neighbors(features[:, :28, :3], features[:, 28:, :3]) < 2 * chance
+    assert score_nearest_neighbors(features[:, :28], features[:, 28:]) < 2 * chance
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_a_pattern_has_both_sides_everywhere(name: str) -> None:
+def test_a_pattern_has_shape_and_ground_in_every_image(name: str) -> None:
     """Neither the shape nor its ground may vanish: a class nobody can see would be noise in the labels."""
     for number in range(20):
         rng = np.random.default_rng(number)
-        u, v, _ = draw._coordinates(160, 140, rng)
+        u, v, _ = draw._make_coordinates(160, 140, rng)
         inside = draw.PATTERNS[name](u, v, rng)
         assert inside.shape == (140, 160)
         assert inside.dtype == np.float32

@@ -1,4 +1,4 @@
-"""Weighted k-NN against the published code's scores, and at the edges that the published code fails at."""
+"""Weighted k-NN against the published code's scores, and in the cases in which the published code fails."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dino_fast.evaluate import knn
-from dino_fast.evaluate.knn import KnnScore, weighted_knn
+from dino_fast.evaluate.knn import KnnScore, score_weighted_knn
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden" / "reference_knn.json").read_text())
 
@@ -26,15 +26,17 @@ def _reference_features() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("temperature", sorted({row["temperature"] for row in ROWS}))
-@pytest.mark.parametrize("at_once", [1, 150_000, 2**26])
-def test_equals_the_published_scores(temperature: float, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(knn, "_SIMILARITIES_AT_ONCE", at_once)  # one test image at a time, some, all
+@pytest.mark.parametrize("max_similarities", [1, 150_000, 2**26])
+def test_equals_the_published_scores(
+    temperature: float, max_similarities: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(knn, "_MAX_SIMILARITIES", max_similarities)  # one test image at a time, some, all
     expected = {r["k"]: KnnScore(r["top1"], r["top5"]) for r in ROWS if r["temperature"] == temperature}
-    assert weighted_knn(*_reference_features(), 10, tuple(expected), temperature) == expected
+    assert score_weighted_knn(*_reference_features(), 10, tuple(expected), temperature) == expected
 
 
-def _by_hand(train: Tensor, y: Tensor, test: Tensor, labels: Tensor, classes: int, k: int, t: float) -> float:
-    """Top-1 by one loop over test images and one over neighbours."""
+def _score_by_loops(train: Tensor, y: Tensor, test: Tensor, labels: Tensor, classes: int, k: int, t: float) -> float:
+    """Return top-1 by one loop over test images and one over neighbors."""
     hits = 0
     for x, label in zip(test, labels.tolist(), strict=True):
         cosines = torch.cosine_similarity(x[None], train)
@@ -53,19 +55,19 @@ def _by_hand(train: Tensor, y: Tensor, test: Tensor, labels: Tensor, classes: in
     classes=st.integers(1, 6),
     k=st.integers(1, 40),
 )
-def test_equals_a_loop_by_hand(seed: int, train: int, test: int, classes: int, k: int) -> None:
+def test_equals_the_score_of_two_loops(seed: int, train: int, test: int, classes: int, k: int) -> None:
     r = torch.Generator().manual_seed(seed)
     x, z = (torch.randn(n, 8, dtype=torch.float64, generator=r) for n in (train, test))
     y, w = (torch.randint(classes, (n,), generator=r) for n in (train, test))
-    score = weighted_knn(x, y, z, w, classes, (k,))[k]
-    assert score.top1 == pytest.approx(_by_hand(x, y, z, w, classes, min(k, train), 0.07))
+    score = score_weighted_knn(x, y, z, w, classes, (k,))[k]
+    assert score.top1 == pytest.approx(_score_by_loops(x, y, z, w, classes, min(k, train), 0.07))
     assert score.top1 <= score.top5 <= 100
 
 
 def test_three_classes_seven_test_images_and_k_above_the_train_set() -> None:
     means = 5 * torch.eye(3)
     y, w = torch.arange(9) % 3, torch.arange(7) % 3
-    scores = weighted_knn(means[y], y, means[w], w, 3, (2, 10, 200))
+    scores = score_weighted_knn(means[y], y, means[w], w, 3, (2, 10, 200))
     assert list(scores) == [2, 10, 200]
     assert scores[10] == scores[200] == KnnScore(100, 100)
 
@@ -73,7 +75,7 @@ def test_three_classes_seven_test_images_and_k_above_the_train_set() -> None:
 def test_a_low_temperature_does_not_overflow() -> None:
     x = torch.eye(4)
     y = torch.arange(4)
-    assert weighted_knn(x, y, x, y, 4, (4,), temperature=0.001)[4].top1 == 100
+    assert score_weighted_knn(x, y, x, y, 4, (4,), temperature=0.001)[4].top1 == 100
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,7 @@ def test_a_low_temperature_does_not_overflow() -> None:
         ({"test_features": torch.empty(0, 4), "test_labels": torch.empty(0)}, "0 test features"),
     ],
 )
-def test_refuses_what_does_not_fit(changes: dict[str, object], message: str) -> None:
+def test_refuses_inputs_that_do_not_fit(changes: dict[str, object], message: str) -> None:
     fit = {
         "train_features": torch.eye(3, 4),
         "train_labels": torch.arange(3),
@@ -96,4 +98,4 @@ def test_refuses_what_does_not_fit(changes: dict[str, object], message: str) -> 
         "classes": 3,
     }
     with pytest.raises(ValueError, match=message):
-        weighted_knn(**{**fit, **changes})  # type: ignore[arg-type]
+        score_weighted_knn(**{**fit, **changes})  # type: ignore[arg-type]

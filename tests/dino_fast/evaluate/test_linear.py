@@ -14,12 +14,12 @@ from dino_fast.__main__ import main as dino_fast
 from dino_fast.evaluate import features, linear
 from dino_fast.evaluate.linear import (
     Heads,
+    LinearProtocol,
     LinearScore,
-    Protocol,
-    best_of,
-    edge,
-    initial_heads,
-    linear_score,
+    evaluate_linear,
+    find_best_end,
+    initialize_heads,
+    pick_best,
     score_heads,
     train_heads,
 )
@@ -38,18 +38,18 @@ def _data(samples: int, width: int, classes: int, seed: int = 0) -> tuple[Tensor
 
 
 def _separable(samples: int, classes: int) -> tuple[Tensor, Tensor]:
-    """A corner for each class, and a little noise."""
+    """Return features at one corner for each class, with a little noise."""
     y = torch.arange(samples) % classes
     noise = torch.randn(samples, classes, generator=torch.Generator().manual_seed(1))
     return 3 * torch.eye(classes)[y] + 0.1 * noise, y
 
 
-def _published(x: Tensor, y: Tensor, layer: nn.Linear, protocol: Protocol, lr: float) -> nn.Linear:
-    """One head, trained as the published code does it, in the protocol's order."""
+def _train_as_published(x: Tensor, y: Tensor, layer: nn.Linear, protocol: LinearProtocol, lr: float) -> nn.Linear:
+    """Train one head as the published code does it, in the protocol's order."""
     sgd = torch.optim.SGD(layer.parameters(), lr * protocol.batch / 256, momentum=0.9, weight_decay=0)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(sgd, protocol.epochs, eta_min=0)
     for epoch in range(protocol.epochs):
-        for rows in protocol.order(epoch, len(y)).split(protocol.batch):
+        for rows in protocol.shuffle(epoch, len(y)).split(protocol.batch):
             sgd.zero_grad()
             nn.functional.cross_entropy(layer(x[rows]), y[rows]).backward()
             sgd.step()
@@ -67,40 +67,40 @@ def _published(x: Tensor, y: Tensor, layer: nn.Linear, protocol: Protocol, lr: f
     lrs=st.lists(st.floats(1e-4, 10), min_size=1, max_size=4),
     seed=st.integers(0, 2**62),
 )
-def test_each_head_equals_the_published_training_of_it_alone(samples, width, classes, batch, epochs, lrs, seed):
-    protocol = Protocol(tuple(lrs), epochs, batch, seed)
+def test_each_head_equals_the_published_training_of_that_head_alone(samples, width, classes, batch, epochs, lrs, seed):
+    protocol = LinearProtocol(tuple(lrs), epochs, batch, seed)
     x, y = _data(samples, width, classes)
-    start = initial_heads(x, classes, protocol, CPU)
+    start = initialize_heads(x, classes, protocol, CPU)
     heads = train_heads(x, y, classes, protocol, CPU)
     for r, lr in enumerate(lrs):
         layer = nn.Linear(width, classes, dtype=torch.float64)
         layer.load_state_dict({"weight": start.weights[r], "bias": start.biases[r]})
-        layer = _published(x, y, layer, protocol, lr)
+        layer = _train_as_published(x, y, layer, protocol, lr)
         torch.testing.assert_close(heads.weights[r], layer.weight.detach(), rtol=1e-9, atol=1e-10)
         torch.testing.assert_close(heads.biases[r], layer.bias.detach(), rtol=1e-9, atol=1e-10)
-        torch.testing.assert_close(heads.logits(x)[:, r], layer(x).detach(), rtol=1e-8, atol=1e-9)
+        torch.testing.assert_close(heads.compute_logits(x)[:, r], layer(x).detach(), rtol=1e-8, atol=1e-9)
 
 
-def test_heads_start_alike_and_as_published():
-    heads = initial_heads(torch.empty(0, 512), 100, Protocol(lrs=(1, 2)), CPU)
+def test_all_heads_have_the_same_published_initial_weights():
+    heads = initialize_heads(torch.empty(0, 512), 100, LinearProtocol(lrs=(1, 2)), CPU)
     assert torch.equal(heads.weights[0], heads.weights[1])
     assert heads.weights.std().item() == pytest.approx(0.01, rel=0.02)
     assert abs(heads.weights.mean().item()) < 2e-4
     assert not heads.biases.any()
-    other = initial_heads(torch.empty(0, 512), 100, Protocol(lrs=(1, 2), seed=1), CPU)
+    other = initialize_heads(torch.empty(0, 512), 100, LinearProtocol(lrs=(1, 2), seed=1), CPU)
     assert not torch.equal(heads.weights, other.weights)
 
 
 def test_every_order_is_a_permutation_of_seed_and_epoch():
-    orders = [Protocol(seed=seed).order(epoch, 50).tolist() for seed in (0, 1, 2**62) for epoch in range(3)]
+    orders = [LinearProtocol(seed=seed).shuffle(epoch, 50).tolist() for seed in (0, 1, 2**62) for epoch in range(3)]
     assert all(sorted(order) == list(range(50)) for order in orders)
     assert len(set(map(tuple, orders))) == 9
-    assert Protocol(seed=1).order(2, 50).tolist() == orders[5]
+    assert LinearProtocol(seed=1).shuffle(2, 50).tolist() == orders[5]
 
 
-def test_two_trainings_are_equal_to_the_bit():
+def test_two_trainings_give_the_same_heads_to_the_bit():
     x, y = _separable(300, 7)
-    first, second = (train_heads(x, y, 7, Protocol(epochs=5, batch=64), CPU) for _ in range(2))
+    first, second = (train_heads(x, y, 7, LinearProtocol(epochs=5, batch=64), CPU) for _ in range(2))
     assert torch.equal(first.weights, second.weights)
     assert torch.equal(first.biases, second.biases)
 
@@ -108,7 +108,7 @@ def test_two_trainings_are_equal_to_the_bit():
 @pytest.mark.parametrize("classes", [1, 2, 4, 5, 9])
 def test_separable_data_reach_100_percent(classes: int):
     x, y = _separable(20 * classes, classes)
-    heads = train_heads(x, y, classes, Protocol(), CPU)
+    heads = train_heads(x, y, classes, LinearProtocol(), CPU)
     scores = score_heads(heads, x, y)
     assert scores[-3:] == [(100, 100)] * 3
     assert all(top1 <= top5 for top1, top5 in scores)
@@ -116,9 +116,9 @@ def test_separable_data_reach_100_percent(classes: int):
         assert all(top5 == 100 for _, top5 in scores)
 
 
-@pytest.mark.parametrize("at_once", [1, 100, 2**26])
-def test_scores_equal_a_count_by_hand(at_once: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear, "_LOGITS_AT_ONCE", at_once)
+@pytest.mark.parametrize("max_logits", [1, 100, 2**26])
+def test_scores_equal_a_count_by_loops(max_logits: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(linear, "_MAX_LOGITS", max_logits)
     x, y = _data(40, 6, 8)
     r = torch.Generator().manual_seed(3)
     heads = Heads(*(torch.randn(3, 8, *rest, dtype=torch.float64, generator=r) for rest in ((6,), ())))
@@ -133,20 +133,20 @@ def test_scores_equal_a_count_by_hand(at_once: int, monkeypatch: pytest.MonkeyPa
         assert 0 < top1 < top5 < 100
 
 
-def test_a_head_that_overflows_is_no_winner_and_spoils_no_other():
+def test_a_head_that_overflows_has_no_hits_and_leaves_the_others_alone():
     x, y = _separable(40, 2)
-    small, huge = score_heads(train_heads(x, y, 2, Protocol((0.1, 3e38), 3, 256), CPU), x, y)
+    small, huge = score_heads(train_heads(x, y, 2, LinearProtocol((0.1, 3e38), 3, 256), CPU), x, y)
     assert small == (100, 100)
     assert huge == (0, 0)
 
 
-def test_the_best_rate_and_whether_it_lies_at_an_edge():
+def test_the_best_learning_rate_and_whether_it_is_at_an_end():
     def sweep(*top1: float) -> list[LinearScore]:
         return [LinearScore(10.0**n, score, 90) for n, score in enumerate(top1)]
 
-    assert best_of(sweep(1, 3, 2)).lr == 10
-    assert best_of([LinearScore(1, 50, 80), LinearScore(2, 50, 90), LinearScore(3, 50, 90)]).lr == 2
-    assert [edge(sweep(*top1)) for top1 in [(1, 3, 2), (3, 1, 2), (1, 2, 3), (3, 3, 1), (3,)]] == [
+    assert pick_best(sweep(1, 3, 2)).lr == 10
+    assert pick_best([LinearScore(1, 50, 80), LinearScore(2, 50, 90), LinearScore(3, 50, 90)]).lr == 2
+    assert [find_best_end(sweep(*top1)) for top1 in [(1, 3, 2), (3, 1, 2), (1, 2, 3), (3, 3, 1), (3,)]] == [
         None, "lowest", "highest", None, None,
     ]  # fmt: skip
 
@@ -162,32 +162,32 @@ def test_the_best_rate_and_whether_it_lies_at_an_edge():
         ({"seed": -1}, "0 or more"),
     ],
 )
-def test_a_protocol_that_cannot_be(wrong, message: str):
+def test_a_protocol_with_wrong_values_is_refused(wrong, message: str):
     with pytest.raises(ValueError, match=message):
-        Protocol(**wrong)
+        LinearProtocol(**wrong)
 
 
-def test_labels_that_do_not_fit():
+def test_labels_that_do_not_fit_are_refused():
     x, y = _data(4, 3, 2)
-    heads = initial_heads(x, 2, Protocol(), CPU)
+    heads = initialize_heads(x, 2, LinearProtocol(), CPU)
     with pytest.raises(ValueError, match="train labels do not lie in 0 to 1"):
-        train_heads(x, y + 2, 2, Protocol(), CPU)
+        train_heads(x, y + 2, 2, LinearProtocol(), CPU)
     with pytest.raises(ValueError, match="test labels do not lie in 0 to 1"):
         score_heads(heads, x, y - 2)
     with pytest.raises(ValueError, match="4 train features with 3 labels"):
-        train_heads(x, y[:3], 2, Protocol(), CPU)
+        train_heads(x, y[:3], 2, LinearProtocol(), CPU)
 
 
 def test_features_that_do_not_fit_on_a_gpu_go_to_the_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 4 * 10 * 7 - 1, 10**9))
-    room = features._room(10, 7, torch.device("cuda"))
+    room = features._allocate_features(10, 7, torch.device("cuda"))
     assert (room.shape, room.dtype, room.device) == ((10, 7), torch.float32, CPU)
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same_heads_from_features_on_either_side():
     x, y = _data(300, 40, 7)
-    protocol = Protocol(epochs=5, batch=64)
+    protocol = LinearProtocol(epochs=5, batch=64)
     expected = train_heads(x, y, 7, protocol, CPU)
     gpu = torch.device("cuda")
     for here in (x, y), (x.to(gpu), y.to(gpu)):
@@ -209,35 +209,40 @@ class Brightness(nn.Module):
 
 @pytest.fixture
 def bright_only(labelled_shards: Path, tmp_path: Path) -> Path:
-    """Shards of class 1 of `labelled_shards` alone: it is number 0 here."""
+    """Pack only class 1 of `labelled_shards`, which has the number 0 here."""
     shutil.copytree(labelled_shards.parent / "images" / "class_1", tmp_path / "images" / "class_1")
     assert make_shards(["pack", str(tmp_path / "images"), str(tmp_path / "bright"), *PACK, "folders"]) == 0
     return tmp_path / "bright"
 
 
-def test_val_with_a_subset_of_the_classes(labelled_shards: Path, bright_only: Path):
-    protocol = Protocol((0.1, 0.3))
+def test_val_may_have_a_subset_of_the_classes(labelled_shards: Path, bright_only: Path):
+    protocol = LinearProtocol((0.1, 0.3))
     with ShardIndex(labelled_shards) as both, ShardIndex(bright_only) as bright:
         assert bright.classes == ("class_1",)
-        found = features.features_of(Brightness(), both, bright, 37, 32, CPU)
+        found = features.compute_features(Brightness(), both, bright, 37, 32, CPU)
         assert (found.classes, found.val_labels.tolist()) == (2, [1] * 20)
-        scores = linear_score(Brightness(), both, bright, 37, 32, CPU, protocol)
+        scores = evaluate_linear(Brightness(), both, bright, 37, 32, CPU, protocol)
         assert scores == [LinearScore(lr, 100, 100) for lr in protocol.lrs]
         with pytest.raises(UserError, match=r"has classes that .* lacks: class_0"):
-            linear_score(Brightness(), bright, both, 37, 32, CPU, protocol)
+            evaluate_linear(Brightness(), bright, both, 37, 32, CPU, protocol)
 
 
-def test_a_single_class(bright_only: Path):
+def test_a_single_class_is_always_right(bright_only: Path):
     with ShardIndex(bright_only) as bright:
-        assert linear_score(Brightness(), bright, bright, 37, 32, CPU, Protocol((0.1,))) == [LinearScore(0.1, 100, 100)]
+        assert evaluate_linear(Brightness(), bright, bright, 37, 32, CPU, LinearProtocol((0.1,))) == [
+            LinearScore(0.1, 100, 100)
+        ]
 
 
-def test_a_diverged_backbone(labelled_shards: Path):
-    with ShardIndex(labelled_shards) as index, pytest.raises(UserError, match="features are not finite"):
-        linear_score(Brightness(float("nan")), index, index, 37, 32, CPU, Protocol())
+def test_a_diverged_backbone_is_refused(labelled_shards: Path):
+    with (
+        ShardIndex(labelled_shards) as index,
+        pytest.raises(UserError, match="features of its backbone are not finite"),
+    ):
+        evaluate_linear(Brightness(float("nan")), index, index, 37, 32, CPU, LinearProtocol())
 
 
-def test_the_command_on_a_run(train_here, labelled_shards: Path, tmp_path: Path, capsys):
+def test_the_command_scores_a_run(train_here, labelled_shards: Path, tmp_path: Path, capsys):
     assert train_here(tmp_path / "run", "--max_steps", "2") == 0
     capsys.readouterr()
     data = ["--train", str(labelled_shards), "--val", str(labelled_shards), "--device", "cpu"]
@@ -255,7 +260,7 @@ def test_the_command_on_a_run(train_here, labelled_shards: Path, tmp_path: Path,
     }  # fmt: skip
     assert [score["lr"] for score in sweep] == [0.001, 0.03, 1]
     assert best in sweep
-    assert best["top1"] == max(score["top1"] for score in sweep) > 90  # dark and bright pictures
+    assert best["top1"] == max(score["top1"] for score in sweep) > 90  # dark and bright images
     assert all(score["top5"] == 100 for score in sweep)  # two classes
     half = len(printed) // 2
     assert printed[:half] == printed[half:]
@@ -265,7 +270,7 @@ def test_the_command_on_a_run(train_here, labelled_shards: Path, tmp_path: Path,
 
 @pytest.fixture
 def refused(labelled_shards: Path, capsys):
-    """A function that expects the command to fail, and returns its one line."""
+    """Return a function that expects the command to fail, and returns its one line."""
 
     def refuse(*arguments: str, status: int = 1) -> str:
         try:
@@ -288,19 +293,30 @@ def test_wrong_calls_are_one_line(refused):
         ("--seed", "-1"), ("--seed", str(2**63)), ("--crop", "8"),
     ]:  # fmt: skip
         line = refused("--checkpoint", "x.pt", f"{flag}={value}", status=2)
-        assert f"argument {flag}: expected" in line
+        assert f"dino-fast linear: {flag} expects " in line
         assert repr(value) in line
+
+
+def test_a_misspelled_flag_gets_a_suggestion(refused):
+    """Although the flag that was meant is missing, too."""
+    assert "unknown flag --chekpoint. Did you mean --checkpoint?" in refused("--chekpoint", "x.pt", status=2)
+    assert "unknown flag --epoch-count. Did you mean --epochs?" in refused(
+        "--checkpoint=x.pt", "--epoch-count=3", status=2
+    )
+    assert "unknown flag --zzz. See dino-fast linear --help." in refused("--checkpoint", "x.pt", "--zzz", status=2)
 
 
 def test_failures_are_one_line(refused, train_here, labelled_shards: Path, tmp_path: Path, capsys):
     assert "nowhere.pt: no such checkpoint" in refused("--checkpoint", str(tmp_path / "nowhere.pt"))
-    assert "no such folder" in refused("--checkpoint", "x.pt", "--json", str(tmp_path / "no" / "score.json"))
-    assert "this is a folder" in refused("--checkpoint", "x.pt", "--json", str(tmp_path))
+    assert "does not exist. Create it first." in refused(
+        "--checkpoint", "x.pt", "--json", str(tmp_path / "no" / "score.json")
+    )
+    assert "is a folder. Name a file in it." in refused("--checkpoint", "x.pt", "--json", str(tmp_path))
     assert train_here(tmp_path / "run", "--max_steps", "1") == 0
-    unlabelled = tmp_path / "unlabelled"
-    assert make_shards(["pack", str(labelled_shards.parent / "images"), str(unlabelled), *PACK, "flat"]) == 0
+    unlabeled = tmp_path / "unlabeled"
+    assert make_shards(["pack", str(labelled_shards.parent / "images"), str(unlabeled), *PACK, "flat"]) == 0
     capsys.readouterr()
     run = ["--checkpoint", str(tmp_path / "run")]
     assert "--resize 32 is smaller" in refused(*run, "--resize", "32", "--crop", "40")
-    assert "has samples without labels" in refused(*run, "--val", str(unlabelled))
+    assert "has samples without labels" in refused(*run, "--val", str(unlabeled))
     assert "void" in refused(*run, "--val", str(tmp_path / "void"))

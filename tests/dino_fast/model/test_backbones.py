@@ -37,7 +37,7 @@ def test_residual_branches_start_open() -> None:
 
 
 def test_an_unknown_name_lists_the_choices_and_the_nearest() -> None:
-    with pytest.raises(UserError, match=r"did you mean 'resnet50'.*resnet18, resnet34, resnet50, resnet101"):
+    with pytest.raises(UserError, match=r"Did you mean 'resnet50'.*resnet18, resnet34, resnet50, resnet101"):
         build_backbone("resnet5O")
-    with pytest.raises(UserError, match="unknown backbone 'vit': the choices are"):
+    with pytest.raises(UserError, match=r"unknown backbone 'vit'\. The choices are"):
         build_backbone("vit")

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from dino_fast.model.half_weights import keep_half_weights
 from dino_fast.model.head import HeadRecipe
-from dino_fast.run.schedules import Hyper
+from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.step.compiled import compile_backbones
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import TrainStep, build_student_teacher
+from dino_fast.step.train_step import TrainStep
 from tests.interpreted import kernels
 
 HALVES = [torch.bfloat16, torch.float16]

@@ -4,6 +4,7 @@ Run as a program, this file is one of two ranks: `test_kernel_batch_norm.py RANK
 """
 
 import copy
+import itertools
 import os
 import subprocess
 import sys
@@ -144,14 +145,21 @@ def test_a_level_far_from_zero_costs_no_digits() -> None:
     assert apart(case.norms[0].running_var, theirs.running_var) < 1e-5
 
 
-def test_several_programs_share_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+# Stretches of many tiles, and more of them than the small launch adds up at a time. The interpreter is slow: all pairs
+# run among the slow tests, one for each kind among the others.
+PAIRS = list(zip(KINDS, itertools.cycle((3, 300)), strict=False))
+OTHER_PAIRS = [pair for pair in itertools.product(KINDS, (3, 300)) if pair not in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("kind", "programs"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_PAIRS)]
+)
+def test_several_programs_share_the_rows(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "TILE_BYTES", 1024)
     monkeypatch.setattr(fused, "QUAD_BYTES", 1024)
-    for kind in KINDS:
-        for programs in (3, 300):  # stretches of many tiles, and more of them than the small launch adds up at a time
-            monkeypatch.setattr(fused, "VALUE_PROGRAMS", programs)
-            monkeypatch.setattr(fused, "GRADIENT_PROGRAMS", programs)
-            check(draw(kind, (8, 20, 21, 10)))
+    monkeypatch.setattr(fused, "VALUE_PROGRAMS", programs)
+    monkeypatch.setattr(fused, "GRADIENT_PROGRAMS", programs)
+    check(draw(kind, (8, 20, 21, 10)))
 
 
 def test_the_first_of_equal_values_in_a_window_gets_the_gradient() -> None:
@@ -195,7 +203,7 @@ def test_a_resnet_is_torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
     assert fuse_norms(network)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    x = torch.randn(4, 3, 64, 64, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(4, 3, 40, 40, device=DEVICE).contiguous(memory_format=torch.channels_last)
     y, theirs = network(x), exact(x.double())
     # The last stage has 4·2·2 values a channel, where each norm multiplies errors; cuDNN's float32 makes more of them.
     slack = (1 if name == "resnet18" else 100) * (10 if DEVICE == "cuda" else 1)

@@ -7,18 +7,18 @@ import pytest
 import torch
 from PIL import Image
 
-from dino_fast.run.crop_sheet import BACKGROUND, GAP, write_crop_sheet
-from pipelines.crops import CropRecipe, windows
+from dino_fast.run.crop_sheet import BACKGROUND, GAP, save_crop_sheet
+from pipelines.crops import CropRecipe, draw_windows
 from pipelines.decode_torch import crop, decode
 from pipelines.loader import DataRecipe, Loader
-from pipelines.photometric import MEAN, STD, PhotometricRecipe, normalise
+from pipelines.photometric import MEAN, STD, PhotometricRecipe, normalize
 from shards.errors import UserError
 from shards.index import ShardIndex
 
 BATCH, VIEWS, SIDES = 5, (2, 3), (32, 24)
 
 
-def _pictures() -> list[torch.Tensor]:
+def _images() -> list[torch.Tensor]:
     """8-bit crops [V·BATCH, S, S, 3], view-major, globals and locals; the first rows go through all levels."""
     r = torch.Generator().manual_seed(0)
     made = []
@@ -28,10 +28,10 @@ def _pictures() -> list[torch.Tensor]:
     return made
 
 
-def _normalised(pictures: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _normalised(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As the loader hands them over: [N, 3, S, S], channels-last."""
-    out = torch.empty(pictures.shape, dtype=dtype).permute(0, 3, 1, 2)
-    normalise(pictures, out)
+    out = torch.empty(images.shape, dtype=dtype).permute(0, 3, 1, 2)
+    normalize(images, out)
     return out
 
 
@@ -56,12 +56,12 @@ def _cut(sheet: np.ndarray, row: int, view: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("count", [3, 8])
 def test_levels_come_back_where_they_belong(tmp_path: Path, dtype: torch.dtype, count: int) -> None:
-    pictures = _pictures()
+    images = _images()
     path = tmp_path / "crops.png"
-    write_crop_sheet(path, *(_normalised(crops, dtype) for crops in pictures), batch=BATCH, pictures=count)
+    save_crop_sheet(path, *(_normalised(crops, dtype) for crops in images), batch=BATCH, images=count)
     sheet, rows = _read(path), min(count, BATCH)
     assert sheet.shape == (GAP + rows * (32 + GAP), GAP + 2 * (32 + GAP) + 3 * (24 + GAP), 3)
-    by_view = [crops.unflatten(0, (-1, BATCH)) for crops in pictures]
+    by_view = [crops.unflatten(0, (-1, BATCH)) for crops in images]
     for row in range(rows):
         expected = [view[row] for crops in by_view for view in crops]
         for view, levels in enumerate(expected):
@@ -71,8 +71,8 @@ def test_levels_come_back_where_they_belong(tmp_path: Path, dtype: torch.dtype, 
 
 
 def test_without_local_crops_a_row_has_two(tmp_path: Path) -> None:
-    globals_ = _pictures()[0]
-    write_crop_sheet(tmp_path / "crops.png", _normalised(globals_, torch.float32), None, BATCH)
+    globals_ = _images()[0]
+    save_crop_sheet(tmp_path / "crops.png", _normalised(globals_, torch.float32), None, BATCH)
     sheet = _read(tmp_path / "crops.png")
     assert sheet.shape == (GAP + BATCH * (32 + GAP), GAP + 2 * (32 + GAP), 3)
     assert np.array_equal(_cut(sheet, 4, 1), globals_[BATCH + 4].numpy())
@@ -81,7 +81,7 @@ def test_without_local_crops_a_row_has_two(tmp_path: Path) -> None:
 def test_values_out_of_range_are_the_nearest_levels(tmp_path: Path) -> None:
     globals_ = torch.full((2, 3, 24, 24), -9.0)
     globals_[1] = 9
-    write_crop_sheet(tmp_path / "crops.png", globals_, None, 1)
+    save_crop_sheet(tmp_path / "crops.png", globals_, None, 1)
     sheet = _read(tmp_path / "crops.png")
     assert (sheet[GAP:-GAP, GAP : GAP + 24] == 0).all()
     assert (sheet[GAP:-GAP, 2 * GAP + 24 : -GAP] == 255).all()
@@ -89,7 +89,7 @@ def test_values_out_of_range_are_the_nearest_levels(tmp_path: Path) -> None:
 
 CROPS = CropRecipe(global_size=48, local_size=32, locals=3)
 PLAIN = PhotometricRecipe(
-    flip=0, jitter=0, grey=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0
+    flip=0, jitter=0, grayscale=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0
 )
 
 
@@ -103,9 +103,10 @@ def test_through_the_loader_it_is_what_the_networks_see(
             dtype=torch.float32,
         )  # fmt: skip
         (batch,) = loader.batches(2, 3)
-        write_crop_sheet(tmp_path / "crops.png", batch.globals, batch.locals, len(batch.ids), pictures=4)
+        save_crop_sheet(tmp_path / "crops.png", batch.globals, batch.locals, len(batch.ids), images=4)
         sheet = _read(tmp_path / "crops.png").astype(float)
-        places = windows(CROPS, 3, loader.order.epoch(2), batch.ids, index.heights[batch.ids], index.widths[batch.ids])
+        epoch, sizes = loader.order.epoch(2), (index.heights[batch.ids], index.widths[batch.ids])
+        places = draw_windows(CROPS, 3, epoch, batch.ids, *sizes)
         for row, id in enumerate(batch.ids[:4]):
             left = GAP
             for view, side in enumerate(CROPS.sizes):
@@ -121,16 +122,16 @@ def test_through_the_loader_it_is_what_the_networks_see(
 
 
 def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    globals_, locals_ = (_normalised(crops, torch.float32) for crops in _pictures())
+    globals_, locals_ = (_normalised(crops, torch.float32) for crops in _images())
     for given in ((globals_, locals_, 10), (globals_, locals_, 1), (globals_, locals_[:-1], 5)):
         with pytest.raises(ValueError, match=r"global crops and .* local ones are not those of"):
-            write_crop_sheet(tmp_path / "crops.png", *given)
+            save_crop_sheet(tmp_path / "crops.png", *given)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_refused_write_leaves_the_sheet_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, globals_ = tmp_path / "crops.png", _normalised(_pictures()[0], torch.float32)
-    write_crop_sheet(path, globals_, None, BATCH)
+    path, globals_ = tmp_path / "crops.png", _normalised(_images()[0], torch.float32)
+    save_crop_sheet(path, globals_, None, BATCH)
     before = path.read_bytes()
 
     def full(self: Image.Image, file: Path, kind: str) -> None:
@@ -139,8 +140,8 @@ def test_a_refused_write_leaves_the_sheet_of_before(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(UserError, match=r"cannot write .*crops\.png: No space left"):
-        write_crop_sheet(path, globals_, None, BATCH)
+        save_crop_sheet(path, globals_, None, BATCH)
     assert list(tmp_path.iterdir()) == [path]
     assert path.read_bytes() == before
     with pytest.raises(UserError, match=r"cannot write .*no/crops\.png"):
-        write_crop_sheet(tmp_path / "no" / "crops.png", globals_, None, BATCH)
+        save_crop_sheet(tmp_path / "no" / "crops.png", globals_, None, BATCH)

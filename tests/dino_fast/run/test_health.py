@@ -16,17 +16,29 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dino_fast.config import Recipe, settings_of
+from dino_fast.config import Recipe, list_settings
 from dino_fast.model import sync_batchnorm
 from dino_fast.model.half_weights import keep_half_weights
 from dino_fast.model.head import HeadRecipe
+from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.run import health
-from dino_fast.run.health import GO_ON, PATIENCE, REMEDIES, Alarms, Probe, probe, rank_me, spread_of_targets, unit_std
-from dino_fast.run.schedules import Hyper
+from dino_fast.run.health import (
+    CONTINUE,
+    PATIENCE,
+    REMEDIES,
+    CollapseAlarms,
+    Probe,
+    measure_targets,
+    probe,
+    rank_me,
+    unit_std,
+)
 from dino_fast.step.compiled import compile_backbones
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import Precision, TrainStep, build_student_teacher
+from dino_fast.step.precision import Precision
+from dino_fast.step.train_step import TrainStep
 from tests.dino_fast.test_train import rows_of
 
 K = 64
@@ -108,15 +120,15 @@ def test_std_is_that_of_features_at_length_one() -> None:
 
 def test_targets_of_known_spread() -> None:
     center = torch.zeros(1, K)
-    kl, entropy = spread_of_targets(torch.zeros(10, K), center, 0.04)
+    kl, entropy = measure_targets(torch.zeros(10, K), center, 0.04)
     assert kl.item() == pytest.approx(0, abs=1e-5)
     assert entropy.item() == pytest.approx(math.log(K))
     for used in (1, 2, 8):  # prototypes, by 16 pictures alike
         sharp = 100 * F.one_hot(torch.arange(16) % used, K).float()
-        kl, entropy = spread_of_targets(sharp, center, 0.04)
+        kl, entropy = measure_targets(sharp, center, 0.04)
         assert kl.item() == pytest.approx(math.log(K / used), rel=1e-5)
         assert entropy.item() == 0
-        kl, entropy = spread_of_targets(sharp, sharp[:1], 0.04)  # the centre makes what all have in common even
+        kl, entropy = measure_targets(sharp, sharp[:1], 0.04)  # the centre makes what all have in common even
         assert kl.item() == pytest.approx(0, abs=1e-5) if used == 1 else kl.item() > 1
 
 
@@ -139,7 +151,7 @@ def _numpys(features: Tensor, logits: Tensor, center: Tensor, temperature: float
 def test_a_probe_is_of_the_teacher_by_running_statistics_over_the_first_view(
     most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(health, "PICTURES", most)
+    monkeypatch.setattr(health, "IMAGES", most)
     step, batches = _step(dtype=torch.float64, batch_norm=True), (batch.double() for batch in _batches())
     for _ in range(2):
         step(next(batches), None, HYPER)
@@ -264,7 +276,7 @@ def test_modes_come_back_after_an_error() -> None:
     assert all(module.training for module in step.teacher.modules())
 
 
-# ---- Alarms ---------------------------------------------------------------------------------------------------------
+# ---- CollapseAlarms ------------------------------------------------------------------------------------------------
 
 EVEN = math.log(K)
 WELL = {
@@ -274,21 +286,21 @@ ILL = {
     "uniform collapse": {"loss": EVEN, "teacher_entropy": EVEN - 1e-3, "target_kl": 1e-3},
     "one-point collapse": {"loss": 0.01, "teacher_entropy": 1e-3, "target_kl": EVEN - 1e-3},
     "dimensional collapse": {"feature_rank": 1.2},
-    "growing centre": {"center_norm": 9.0},
+    "growing center": {"center_norm": 9.0},
 }
 
 
-def _lines(alarms: Alarms, *rows: dict[str, Any], step: int = 1000, epoch: int = 3) -> list[str]:
+def _lines(alarms: CollapseAlarms, *rows: dict[str, Any], step: int = 1000, epoch: int = 3) -> list[str]:
     return [line for row in rows for line in alarms.check({"step": step, "epoch": epoch, **WELL, **row})]
 
 
 @pytest.mark.parametrize("kind", REMEDIES)
 def test_an_alarm_needs_a_few_logs_and_comes_once_until_it_is_over(kind: str) -> None:
-    alarms = Alarms(K)
+    alarms = CollapseAlarms(K)
     assert _lines(alarms, *[ILL[kind]] * (PATIENCE - 1)) == []
     (line,) = _lines(alarms, ILL[kind])
     assert line.startswith(f"{kind} at step 1000: ")
-    assert line.endswith(f": {REMEDIES[kind]}; {GO_ON}")
+    assert line.endswith(f". {REMEDIES[kind]}. {CONTINUE}")
     assert "\n" not in line
     assert _lines(alarms, *[ILL[kind]] * 20) == []
     assert _lines(alarms, {}) == []  # over
@@ -308,7 +320,7 @@ def test_an_alarm_needs_a_few_logs_and_comes_once_until_it_is_over(kind: str) ->
     ],
 )
 def test_it_is_over_at_twice_the_limit(ill: dict[str, float], hardly: dict[str, float], well: dict[str, float]) -> None:
-    alarms = Alarms(K)
+    alarms = CollapseAlarms(K)
     assert _lines(alarms, *[ill | hardly] * 20) == []  # not within it
     assert len(_lines(alarms, *[ill] * PATIENCE)) == 1
     assert _lines(alarms, ill | hardly, *[ill] * PATIENCE) == []
@@ -318,11 +330,11 @@ def test_it_is_over_at_twice_the_limit(ill: dict[str, float], hardly: dict[str, 
 def test_one_sign_of_two_is_not_enough() -> None:
     signs = {"teacher_entropy": EVEN}, {"loss": EVEN}, {"teacher_entropy": 0.0}, {"target_kl": EVEN}
     for sign in signs:
-        assert _lines(Alarms(K), *[sign] * 20) == []
+        assert _lines(CollapseAlarms(K), *[sign] * 20) == []
 
 
 def test_the_beginning_is_not_judged() -> None:
-    alarms, ill = Alarms(K), ILL["uniform collapse"]
+    alarms, ill = CollapseAlarms(K), ILL["uniform collapse"]
     assert _lines(alarms, *[ill] * 20, step=5000, epoch=0) == []  # of a large set
     assert _lines(alarms, *[ill] * 20, step=199, epoch=30) == []  # of a small one
     assert len(_lines(alarms, *[ill] * PATIENCE, step=200, epoch=1)) == 1
@@ -331,25 +343,25 @@ def test_the_beginning_is_not_judged() -> None:
 @pytest.mark.parametrize("nothing", [None, math.nan])
 def test_what_is_missing_changes_nothing(nothing: float | None) -> None:
     for kind, ill in ILL.items():
-        alarms = Alarms(K)
+        alarms = CollapseAlarms(K)
         without = dict.fromkeys(WELL, nothing)
         rows = [row for _ in range(PATIENCE) for row in (without, ill, {**ill, "teacher_entropy": nothing})]
-        other = kind in ("dimensional collapse", "growing centre")  # do not ask for the entropy
+        other = kind in ("dimensional collapse", "growing center")  # do not ask for the entropy
         assert len(_lines(alarms, *rows[: 3 * (PATIENCE if not other else 2)])) == (0 if other else 1)
         assert len(_lines(alarms, *rows)) == (1 if other else 0)
-    assert Alarms(K).check({}) == []
+    assert CollapseAlarms(K).check({}) == []
 
 
-def test_few_pictures_say_nothing_of_spread() -> None:
-    alarms = Alarms(K, pictures=4)
+def test_few_images_say_nothing_of_spread() -> None:
+    alarms = CollapseAlarms(K, images=4)
     assert _lines(alarms, *[ILL["one-point collapse"] | {"feature_rank": 1.0, "feature_std": 0.0}] * 20) == []
     assert len(_lines(alarms, *[ILL["uniform collapse"]] * 20)) == 1
 
 
 def test_remedies_name_settings_that_there_are() -> None:
-    settings = settings_of(Recipe)
-    for remedy in (*REMEDIES.values(), GO_ON):
-        flags = re.findall(r"--([\w.]+)", remedy)
+    settings = list_settings(Recipe)
+    for remedy in (*REMEDIES.values(), CONTINUE):
+        flags = re.findall(r"--([\w.]+\w)", remedy)
         assert flags
         assert [flag for flag in flags if flag not in settings] == []
 
@@ -359,7 +371,7 @@ def test_remedies_name_settings_that_there_are() -> None:
 
 def _train(step: TrainStep, hyper: Hyper, steps: int) -> tuple[list[str], Probe]:
     """Train, log every step, judge after the fifth; the kinds of alarms in order, and the last probe."""
-    alarms = Alarms(step.center.numel(), BATCH, beginning_epochs=0, beginning_steps=5)
+    alarms = CollapseAlarms(step.center.numel(), BATCH, beginning_epochs=0, beginning_steps=5)
     lines = []
     for number, globals_ in zip(range(steps), _batches(), strict=False):
         out = step(globals_, None, hyper)
@@ -389,7 +401,7 @@ def test_an_enormous_rate_makes_all_features_one() -> None:
 
 def test_lengths_that_are_learned_too_fast_make_the_centre_grow() -> None:
     kinds, last = _train(_step(norm_last_layer=False), replace(HYPER, lr=50.0), 20)
-    assert "growing centre" in kinds
+    assert "growing center" in kinds
     assert last.center_norm > math.sqrt(K)
 
 
@@ -402,7 +414,7 @@ def test_a_run_that_learns_gives_no_alarm() -> None:
 
 def test_a_run_says_its_alarms(train_here, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     """A teacher whose targets are nearly even, from the first log on."""
-    monkeypatch.setattr(Alarms.__init__, "__kwdefaults__", {"beginning_epochs": 0, "beginning_steps": 0})
+    monkeypatch.setattr(CollapseAlarms.__init__, "__kwdefaults__", {"beginning_epochs": 0, "beginning_steps": 0})
     warm = ("--loss.student_temp", "100", "--loss.teacher_temp", "99", "--loss.warmup_teacher_temp", "99")
     assert train_here(tmp_path / "run", *warm, "--max_steps", str(PATIENCE + 2)) == 0
     said = capsys.readouterr().out

@@ -21,11 +21,12 @@ from torchvision import models
 from dino_fast import checkpoint
 from dino_fast.config import read_recipe
 from dino_fast.model.head import HeadRecipe
-from dino_fast.run.initial_weights import initialise
-from dino_fast.run.schedules import Hyper
+from dino_fast.model.student_teacher import build_student_teacher
+from dino_fast.run.initial_weights import load_initial_weights
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import TrainStep, build_student_teacher
+from dino_fast.step.train_step import TrainStep
 from shards.errors import UserError
 
 HEAD = HeadRecipe(out_dim=48, hidden_dim=32, bottleneck_dim=16, layers=2, batch_norm=True)
@@ -154,16 +155,16 @@ def test_a_full_published_checkpoint(tmp_path: Path, plain: bool, change: dict[s
     torch.save(full(prefixed("module.", student.state_dict()), teacher.state_dict(), center), path)
     step = a_step(recipe)
     optimizer = state_of(step)["optimizer"]
-    lines = initialise(step, path)
+    lines = load_initial_weights(step, path)
     assert lines[0] == (
-        f"started from {path}: backbone and head and centre of student and teacher; fresh: optimizer, step count"
+        f"started from {path}: backbone and head and center of student and teacher. New: optimizer, step count."
     )
     require_equal(step.center, center)
     require_equal(step.optimizer.state_dict(), optimizer)
     require_alike(step.student, student)
     require_alike(step.teacher, teacher)
     frozen = recipe.norm_last_layer
-    assert [line.startswith("its prototypes stay") for line in lines[1:]] == [True] * frozen
+    assert [line.startswith("Its prototypes stay") for line in lines[1:]] == [True] * frozen
     assert step.bare_student.head.last_layer.weight_g.requires_grad is not frozen
 
 
@@ -177,8 +178,8 @@ def test_a_backbone_alone(tmp_path: Path, prefix: str, legacy: bool) -> None:
     torch.save(prefixed(prefix, weights), path, _use_new_zipfile_serialization=not legacy)
     step = a_step()
     before = state_of(step)
-    (line,) = initialise(step, path)
-    assert line.endswith("backbone of one network for student and teacher; fresh: head, centre, optimizer, step count")
+    (line,) = load_initial_weights(step, path)
+    assert line.endswith("backbone of one network for student and teacher. New: head, center, optimizer, step count.")
     require_alike(step.bare_student.backbone, backbone)
     require_equal(step.teacher.state_dict(), step.bare_student.state_dict())
     require_equal(step.teacher.head.state_dict(), {n[5:]: v for n, v in before["teacher"].items() if n[:5] == "head."})
@@ -190,8 +191,8 @@ def test_torchvisions_classifier_is_left_out(tmp_path: Path) -> None:
     network = models.resnet18(weights=None)
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
     step = a_step()
-    lines = initialise(step, tmp_path / "resnet18.pth")
-    assert lines[1:] == [f"left out of {tmp_path / 'resnet18.pth'}: fc.bias, fc.weight"]
+    lines = load_initial_weights(step, tmp_path / "resnet18.pth")
+    assert lines[1:] == [f"ignored in {tmp_path / 'resnet18.pth'}: fc.bias, fc.weight"]
     require_equal(step.teacher.state_dict()["backbone.layer4.1.bn2.weight"], network.layer4[1].bn2.weight.data)
     require_equal(step.teacher.backbone.conv1.weight, network.conv1.weight)
 
@@ -201,9 +202,9 @@ def test_one_network_with_its_head_is_for_both(tmp_path: Path) -> None:
     for name, state in (("one", teacher.state_dict()), ("only", {"teacher": teacher.state_dict()})):
         torch.save(state, tmp_path / name)
         step = a_step()
-        line = initialise(step, tmp_path / name)[0]
+        line = load_initial_weights(step, tmp_path / name)[0]
         assert line.endswith(
-            "backbone and head of one network for student and teacher; fresh: centre, optimizer, step count"
+            "backbone and head of one network for student and teacher. New: center, optimizer, step count."
         )
         require_alike(step.student, teacher)
         require_alike(step.teacher, teacher)
@@ -235,11 +236,11 @@ def test_a_checkpoint_of_ours(tmp_path: Path, another_run: tuple[Path, dict[str,
         path = folder
     step = a_step()
     optimizer = state_of(step)["optimizer"]
-    lines = initialise(step, path)
-    assert [line.endswith("is damaged: the checkpoint before is used") for line in lines[:-1]] == [True] * (
+    lines = load_initial_weights(step, path)
+    assert [line.endswith("is damaged: the checkpoint before it is used") for line in lines[:-1]] == [True] * (
         how == "damaged"
     )
-    assert "backbone and head and centre of student and teacher" in lines[-1]
+    assert "backbone and head and center of student and teacher" in lines[-1]
     after = state_of(step)
     for name in ("student", "teacher", "center"):
         require_equal(after[name], state[name])
@@ -256,7 +257,7 @@ def test_other_types_are_converted(tmp_path: Path, dtype: torch.dtype) -> None:
     }
     torch.save(full(student, student, torch.ones(1, 48, dtype=dtype)), tmp_path / "half.pth")
     step = a_step()
-    initialise(step, tmp_path / "half.pth")
+    load_initial_weights(step, tmp_path / "half.pth")
     after = step.bare_student.state_dict()
     require_equal(after, {name: value.to(after[name].dtype) for name, value in student.items()})
     assert step.bare_student.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
@@ -266,8 +267,9 @@ def test_the_run_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     torch.save(full(Published(1).state_dict(), Published(2).state_dict(), torch.zeros(1, 48)), tmp_path / "full.pth")
     step = a_step()
     calls = []
-    monkeypatch.setattr(step.update, "loaded", lambda: calls.append(step.bare_student.backbone.conv1.weight.clone()))
-    initialise(step, tmp_path / "full.pth")
+    weight = step.bare_student.backbone.conv1.weight
+    monkeypatch.setattr(step.update, "after_load", lambda: calls.append(weight.clone()))
+    load_initial_weights(step, tmp_path / "full.pth")
     require_equal(calls, [Published(1).backbone.conv1.weight])  # once, when the values were there
     before = state_of(step)
     out = step(torch.randn(4, 3, 32, 32), None, HYPER)
@@ -290,13 +292,13 @@ def untouched() -> tuple[TrainStep, dict[str, Any]]:
 def refused(tmp_path: Path, untouched: tuple[TrainStep, dict[str, Any]], monkeypatch: pytest.MonkeyPatch):
     """A function that expects a file of `state` to be refused in one line, which it returns, by an untouched step."""
     step, before = untouched
-    monkeypatch.setattr(step.update, "loaded", lambda: pytest.fail("it says that something was loaded"))
+    monkeypatch.setattr(step.update, "after_load", lambda: pytest.fail("it says that something was loaded"))
 
     def refuse(state: Any) -> str:
         path = tmp_path / "foreign.pth"
         path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
         with pytest.raises(UserError) as caught:
-            initialise(step, path)
+            load_initial_weights(step, path)
         require_equal(step.state_dict(), before)
         line = str(caught.value)
         assert line.startswith(str(path))
@@ -346,24 +348,24 @@ def test_another_head_is_refused_with_the_settings_that_do(
     assert line.startswith(": its student does not fit this run: ")
     assert "head." in line
     assert "backbone" not in line
-    flags = dict(re.findall(r"--head\.(\w+) (\w+)", line.partition("; pass ")[2]))
+    flags = dict(re.findall(r"--head\.(\w+) (\w+)", line.partition(". Pass ")[2]))
     expected = {name: str(value).lower() for name, value in change.items()}
     assert {name: value for name, value in flags.items() if name in change} == expected
     read = {name: value == "true" if value in ("true", "false") else int(value) for name, value in flags.items()}
-    initialise(a_step(replace(HEAD, **read)), tmp_path / "foreign.pth")
+    load_initial_weights(a_step(replace(HEAD, **read)), tmp_path / "foreign.pth")
 
 
 @pytest.mark.parametrize("backbone", ["resnet34", "resnet50", "resnet101"])
 def test_another_backbone_is_refused_with_its_name(refused, backbone: str) -> None:
     line = refused(hollow(resnet_shapes(backbone)))
-    assert line.endswith(f"; pass --backbone {backbone}")
+    assert line.endswith(f". Pass --backbone {backbone}.")
     assert re.match(r": its network does not fit this run: \d+ unexpected \(backbone.*?, …\)", line)
 
 
 def test_a_backbone_that_is_none_of_ours(refused) -> None:
     line = refused(hollow(resnet_shapes("resnet152")))
     assert line.endswith(
-        "its backbone is none of resnet18, resnet34, resnet50, resnet101, or not whole: pass another file"
+        "Its backbone is none of resnet18, resnet34, resnet50, resnet101, or not complete. Pass another file."
     )
 
 
@@ -375,16 +377,16 @@ def test_keys_that_are_missing_unexpected_and_misshapen_are_counted_and_named(re
         line = refused(full(student, teacher, torch.zeros(1, 48)))
         assert line.startswith(f": its {who} does not fit this run: 4 missing (backbone.layer4.1.bn2.weight, ")
         assert ", 1 unexpected (head.extra" in line
-        assert "1 misshapen (backbone.conv1.weight [64, 1, 7, 7] for [64, 3, 7, 7]); its backbone is none of" in line
+        assert "1 misshapen (backbone.conv1.weight [64, 1, 7, 7] for [64, 3, 7, 7]). Its backbone is none of" in line
 
 
-def test_a_head_in_one_network_alone_and_a_foreign_centre(refused) -> None:
+def test_a_head_in_one_network_alone_and_a_foreign_center(refused) -> None:
     whole = hollow_network()
     bare = {name: value for name, value in whole.items() if name.startswith("backbone.")}
     assert ": its student does not fit this run: 10 missing (head." in refused(full(bare, whole, torch.zeros(1, 48)))
     line = refused(full(whole, whole, torch.zeros(1, 47)))
-    assert line.startswith(": its centre does not fit this run: 1 misshapen (center [1, 47] for [1, 48]); ")
-    assert "its centre is no tensor" in refused(full(whole, whole, [0.0] * 48))  # type: ignore[arg-type]
+    assert line.startswith(": its center does not fit this run: 1 misshapen (center [1, 47] for [1, 48]). ")
+    assert "its center is not a tensor" in refused(full(whole, whole, [0.0] * 48))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -400,20 +402,20 @@ def test_values_that_are_not_finite_are_refused(refused, where: str, value: floa
     }[where]
     holder[name] = holder[name].double().clone(memory_format=torch.contiguous_format)
     holder[name].view(-1)[-1] = value
-    assert f"has values that are not finite, in 1 keys ({name}); " in refused(parts)
+    assert f"has values that are not finite, in 1 keys ({name}). " in refused(parts)
 
 
 def test_a_count_of_another_shape_does_not_stop_it_half_way(tmp_path: Path) -> None:
     weights = {name: torch.zeros(5) if "num_batches" in name else v for name, v in Published(1).state_dict().items()}
     torch.save(weights, tmp_path / "odd.pth")
     step = a_step()
-    initialise(step, tmp_path / "odd.pth")
+    load_initial_weights(step, tmp_path / "odd.pth")
     require_alike(step.teacher, Published(1))
 
 
 def test_a_vision_transformer_is_refused_in_a_line(refused) -> None:
     weights = hollow({"cls_token": [1, 1, 384], "patch_embed.proj.weight": [384, 3, 16, 16]})
-    line = " holds a vision transformer; pass a file of a ResNet (resnet18, resnet34, resnet50, resnet101)"
+    line = " holds a vision transformer. Pass a file of a ResNet (resnet18, resnet34, resnet50, resnet101)."
     assert refused(weights) == line
     assert (
         refused(full(prefixed("module.backbone.", weights), prefixed("backbone.", weights), torch.ones(1, 9))) == line
@@ -428,31 +430,31 @@ def test_tensors_that_are_not_just_numbers_are_refused(refused, kind: str) -> No
         "meta": tensor.to("meta"), "sparse": tensor.to_sparse(), "complex": tensor.to(torch.complex64),
         "quantized": torch.quantize_per_tensor(tensor, 1, 0, torch.qint8),
     }[kind]  # fmt: skip
-    assert ": conv1.weight is no tensor of numbers" in refused({**hollow_network(), "conv1.weight": odd})
+    assert ": conv1.weight is not a tensor of numbers" in refused({**hollow_network(), "conv1.weight": odd})
 
 
 def test_what_holds_no_weights_is_refused(refused) -> None:
-    assert " holds no weights under epoch, state_dict;" in refused({"epoch": 3, "state_dict": {"a": torch.zeros(3)}})
+    assert " holds no weights under epoch, state_dict." in refused({"epoch": 3, "state_dict": {"a": torch.zeros(3)}})
     for state in ([torch.zeros(3)], {"student": None, "teacher": {}}, {}, 3):
-        assert " holds no weights;" in refused(state)
-    assert ": epoch is no tensor of numbers" in refused({**hollow_network(), "epoch": 3})
+        assert " holds no weights." in refused(state)
+    assert ": epoch is not a tensor of numbers" in refused({**hollow_network(), "epoch": 3})
 
 
 def test_what_is_no_file_of_weights_is_refused(refused) -> None:
     whole = io.BytesIO()
     torch.save(hollow_network(), whole)
     for junk in (b"", b"hello world", bytes(1000), b"PK\x03\x04" + bytes(100), whole.getvalue()[:-2000]):
-        assert " is damaged, or no file of weights; pass a checkpoint" in refused(junk)
+        assert " is damaged, or not a file of weights. Pass a checkpoint" in refused(junk)
 
 
 def test_what_is_not_there(tmp_path: Path, untouched: tuple[TrainStep, dict[str, Any]]) -> None:
     for path, words in ((tmp_path / "none.pth", "No such file"), (tmp_path, "no checkpoint in this folder")):
         with pytest.raises(UserError, match=words) as caught:
-            initialise(untouched[0], path)
+            load_initial_weights(untouched[0], path)
         assert str(path) in str(caught.value)
-        assert "pass a checkpoint or a run's folder" in str(caught.value)
+        assert "Pass a checkpoint or a run's folder" in str(caught.value)
     with pytest.raises(UserError, match="no such checkpoint"):
-        initialise(untouched[0], tmp_path / "step-00000001-0123456789abcdef.pt")
+        load_initial_weights(untouched[0], tmp_path / "step-00000001-0123456789abcdef.pt")
 
 
 # ---- The released ResNet-50, in its full size
@@ -471,7 +473,7 @@ def released_resnet50() -> dict[str, Tensor]:
 
 def test_the_released_resnet50_names_its_settings(refused) -> None:
     line = refused(full(prefixed("module.", released_resnet50()), released_resnet50(), torch.zeros(1, 60000)))
-    flags = dict(re.findall(r"--(\S+) (\w+)", line.partition("; pass ")[2]))
+    flags = dict(re.findall(r"--(\S+) (\w+)", line.partition(". Pass ")[2]))
     sizes = {"head.hidden_dim": "4096", "head.bottleneck_dim": "256", "head.out_dim": "60000"}
     assert flags == {"backbone": "resnet50"} | sizes  # 2 layers with batch norms are HEAD's, too
 
@@ -482,7 +484,7 @@ def test_the_released_resnet50_fits_its_recipe(tmp_path: Path) -> None:
     torch.save(full(prefixed("module.", weights), weights, torch.zeros(1, 60000)), path)
     recipe = read_recipe(["--config", str(Path(__file__).parents[3] / "configs" / "resnet50_800ep.yaml")])
     step = a_step(recipe.head, recipe.backbone)
-    assert "backbone and head and centre of student and teacher" in initialise(step, path)[0]
+    assert "backbone and head and center of student and teacher" in load_initial_weights(step, path)[0]
     for network in (step.bare_student, step.teacher):
         assert all(v.eq(1).all() for n, v in network.state_dict().items() if not n.endswith("weight_g"))
         require_equal(network.head.last_layer.weight_g.detach(), torch.full((60000, 1), 16.0))

@@ -1,4 +1,4 @@
-"""What a run says of itself: figures against numpy, ranks, going back, writers, display, and the arithmetic of MFU.
+"""What a run says of itself: figures against numpy, ranks, rollback, log writers, display, and the arithmetic of MFU.
 
 Run as a program, this file is one of two ranks: `test_monitor.py RANK FOLDER`.
 """
@@ -27,17 +27,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dino_fast.distributed import Ranks
 from dino_fast.model import flops
 from dino_fast.model.head import HeadRecipe
+from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.run import monitor
 from dino_fast.run.display import Display
-from dino_fast.run.log_writers import JsonLines, TensorBoard, writers
+from dino_fast.run.log_writers import JsonLines, TensorBoard, open_log_writers
+from dino_fast.run.metrics import OF_STEPS
 from dino_fast.run.monitor import Monitor
-from dino_fast.run.schedules import Hyper
-from dino_fast.step.train_step import StepOutput, build_student_teacher
-from pipelines.loader import Figures
+from dino_fast.step.hyper import Hyper
+from dino_fast.step.train_step import StepOutput
+from pipelines.loader import LoaderFigures
 from shards.errors import UserError
 
 CPU = torch.device("cpu")
-FIGURES = Figures(stall=0.25, read_bytes=3_000_000, requests_ready=1.5, batches_ready=2.0)
+FIGURES = LoaderFigures(stall=0.25, read_bytes=3_000_000, requests_ready=1.5, batches_ready=2.0)
 AT = Hyper(lr=0.1, weight_decay=1e-4, momentum=0.996, teacher_temp=0.04, freeze_last_layer=True)
 STUDENT = ["backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias", "head.mlp.0.weight", "head.mlp.0.bias"]
 STUDENT += ["head.last_layer.weight_g", "head.last_layer.weight_v"]
@@ -48,10 +50,10 @@ MEANS = ("loss", "teacher_entropy", "grad_norm", "grad_norm_first_layer", "grad_
 class FakeLoader:
     """What the monitor asks of a loader."""
 
-    done: Figures = FIGURES
-    bad: dict[int, str] = field(default_factory=dict)
+    done: LoaderFigures = FIGURES
+    bad_samples: dict[int, str] = field(default_factory=dict)
 
-    def figures(self) -> Figures:
+    def read_figures(self) -> LoaderFigures:
         return self.done
 
 
@@ -93,13 +95,6 @@ def explained() -> set[str]:
 def wait_for_the_next_event_file() -> None:
     """TensorBoard reads files in the order of their names, which begin with the second."""
     time.sleep(1.1)
-
-
-def documented() -> list[str]:
-    """The keys that the module's docstring explains."""
-    assert monitor.__doc__ is not None
-    items = re.findall(r"^- (.*?)(?=^- |^$|\Z)", monitor.__doc__, re.DOTALL | re.MULTILINE)
-    return [name for item in items for name in re.findall(r"`(\w+)`(?=[,:]|$)", item)]
 
 
 # Figures
@@ -164,7 +159,7 @@ def test_a_row_has_the_documented_keys_and_no_others(tmp_path: Path):
     with build(tmp_path) as watched:
         row = watched.tick(0, AT, good(), FakeLoader())
         further = watched.tick(1, AT, good(), FakeLoader(), {"feature_rank": torch.tensor(12.5), "forward_ms": 3.0})
-    assert sorted(row) == sorted(documented())
+    assert sorted(row) == sorted(OF_STEPS)
     assert further.keys() - row.keys() == {"feature_rank", "forward_ms"}
     assert (further["feature_rank"], further["forward_ms"]) == (12.5, 3.0)
     assert [sorted(row) for row in rows_of(tmp_path)] == [sorted(row), sorted(further)]
@@ -205,7 +200,7 @@ def test_a_score_is_a_row_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 def test_due_is_every_so_many_steps_and_at_the_end(tmp_path: Path):
     with build(tmp_path, stop=11, log_every=4) as watched:
-        assert [step for step in range(11) if watched.due(step)] == [3, 7, 10]
+        assert [step for step in range(11) if watched.is_due(step)] == [3, 7, 10]
         rows = [watched.tick(step, AT, good(), FakeLoader()) for step in range(11)]
     assert [row["step"] for row in rows if row] == [3, 7, 10]
     assert [row["epoch"] for row in rows if row] == [0, 1, 2]
@@ -236,7 +231,8 @@ def test_between_logs_the_host_waits_for_nothing(tmp_path: Path):
 def _of_rank(rank: int, step: int) -> tuple[StepOutput, FakeLoader, dict[str, Any]]:
     """What a rank has of its own, steps 2 and 3 being skipped on both."""
     out = poisoned() if step in (2, 3) else good(10 * rank + step)
-    loader = FakeLoader(Figures(0.1 * (rank + 1), 1000, 1.0 + rank, 2.0), {n: f"bad {n}" for n in range(2 * rank)})
+    figures = LoaderFigures(0.1 * (rank + 1), 1000, 1.0 + rank, 2.0)
+    loader = FakeLoader(figures, {n: f"bad {n}" for n in range(2 * rank)})
     return out, loader, {"rank": torch.tensor(float(rank)), "twice_ms": 2.0 * rank}
 
 
@@ -395,7 +391,7 @@ def test_a_run_outlives_a_disk_that_refuses_its_figures(tmp_path: Path, capsys: 
         watched._writers = [Refusing()]
         row = watched.tick(0, AT, good(), FakeLoader())
     assert row["step"] == 0
-    assert "the figures of step 0 are not written yet: " in capsys.readouterr().out
+    assert "the figures of step 0 could not be written yet: " in capsys.readouterr().out
 
 
 class StubError(Exception):
@@ -471,10 +467,10 @@ def test_wandb_that_is_missing_or_refuses_is_one_clear_line(
     tmp_path: Path, wandb: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ):
     wandb.error = StubError("api_key not configured\n(no-tty).")
-    with pytest.raises(UserError, match=r"^--wandb photos: api_key not configured \(no-tty\); log in, set"):
+    with pytest.raises(UserError, match=r"^--wandb photos: api_key not configured \(no-tty\)\. Log in, set"):
         build(tmp_path, wandb="photos")
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"^--wandb photos: .* not installed: pip install -e '\.\[wandb\]', or"):
+    with pytest.raises(UserError, match=r"^--wandb photos: .* not installed\. Run pip install -e '\.\[wandb\]', or"):
         build(tmp_path, wandb="photos")
     monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # a folder of that name, that runs leave
     with pytest.raises(UserError, match="not installed"):
@@ -483,7 +479,7 @@ def test_wandb_that_is_missing_or_refuses_is_one_clear_line(
 
 
 def test_without_a_project_wandb_is_not_asked(tmp_path: Path, wandb: types.SimpleNamespace):
-    for writer in writers(tmp_path, 0):
+    for writer in open_log_writers(tmp_path, 0):
         writer.close()
     assert not wandb.calls
 
@@ -495,7 +491,7 @@ def test_without_a_terminal_each_log_is_one_line(tmp_path: Path, capsys: pytest.
     with build(tmp_path, log_every=3, stop=10) as watched:
         watched.say("a note with [brackets] as they are")
         for step in range(10):
-            loader = FakeLoader(bad={7: "x.tar"} if step > 8 else {})
+            loader = FakeLoader(bad_samples={7: "x.tar"} if step > 8 else {})
             watched.tick(step, AT, poisoned() if step == 4 else good(), loader)
     note, *lines, bad = capsys.readouterr().out.splitlines()
     assert note == "a note with [brackets] as they are"
@@ -514,7 +510,7 @@ def test_without_a_terminal_each_log_is_one_line(tmp_path: Path, capsys: pytest.
 def test_on_a_terminal_the_lines_fit_and_go_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich: as on a terminal
     monkeypatch.setenv("COLUMNS", "80")
-    row = dict.fromkeys(documented(), 1234.5678) | {"mfu": 0.4321, "stall": 1.0, "lr": 1.5e-3, "skipped_total": 12345}
+    row = dict.fromkeys(OF_STEPS, 1234.5678) | {"mfu": 0.4321, "stall": 1.0, "lr": 1.5e-3, "skipped_total": 12345}
     display = Display(0, 1000)
     display.show(900, "9/10", row)
     display._progress.refresh()

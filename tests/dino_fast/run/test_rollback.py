@@ -9,7 +9,8 @@ import torch
 
 from dino_fast.evaluate.features import load_backbone
 from dino_fast.step.train_step import TrainStep
-from pipelines.loader import Batch, Loader
+from pipelines.batch import Batch
+from pipelines.loader import Loader
 from tests.dino_fast.test_train import rows_of, state_of
 
 
@@ -73,13 +74,13 @@ def test_statistics_that_are_no_numbers_are_not_saved_but_gone_back_from(
 
 def break_gradients(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> None:
     """Of the passes `first` to `last`, from 0, of all that follow."""
-    passes, backward = [0], TrainStep._backward
+    passes, scale = [0], TrainStep._scale
 
-    def broken(step: TrainStep, loss: torch.Tensor) -> None:
-        backward(step, loss * torch.inf if first <= passes[0] <= last else loss)
+    def broken(step: TrainStep, loss: torch.Tensor) -> torch.Tensor:
         passes[0] += 1
+        return scale(step, loss * torch.inf if first <= passes[0] - 1 <= last else loss)
 
-    monkeypatch.setattr(TrainStep, "_backward", broken)
+    monkeypatch.setattr(TrainStep, "_scale", broken)
 
 
 def test_many_skipped_steps_in_a_row_take_the_run_back(train_here, tmp_path: Path, monkeypatch, capsys):
@@ -115,14 +116,14 @@ def test_it_goes_back_only_so_often_and_says_what_to_do(train_here, tmp_path: Pa
     out, errors = capsys.readouterr()
     assert "on with 0.25 of the recipe's learning rate" in out.replace("\n", " ")
     (line,) = errors.strip().splitlines()
-    assert "2 steps in a row were not finite: lower --optim.lr" in line
+    assert "2 steps in a row were not finite. Lower --optim.lr" in line
     assert state_of(tmp_path / "run")["step"] == 3
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train_here, tmp_path: Path, monkeypatch, capsys):
     break_gradients(monkeypatch, 0, 100)
     assert train_here(tmp_path / "run", "--health.max_skipped", "1") == 1
-    assert "there was no checkpoint yet to go back to" in capsys.readouterr().err
+    assert "There was no checkpoint yet to go back to" in capsys.readouterr().err
 
 
 def test_fp16_goes_back_with_the_loss_scale_of_the_checkpoint(train_here, tmp_path: Path, monkeypatch):

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dino_fast.config import Recipe
 from dino_fast.durations import Duration, to_steps
-from dino_fast.run.schedules import Schedules, scaled_lr, teacher_temperature, warmup_cosine
+from dino_fast.run.schedules import Schedules, scale_lr, teacher_temperature, warmup_cosine
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe
 from shards.errors import UserError
@@ -141,4 +141,4 @@ def test_a_length_of_less_than_a_step_is_a_step() -> None:
 
 
 def test_the_rate_scales_with_the_global_batch() -> None:
-    assert scaled_lr(OptimRecipe(lr=0.03), 512) == 0.06
+    assert scale_lr(OptimRecipe(lr=0.03), 512) == 0.06

@@ -16,13 +16,15 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from dino_fast.model.head import HeadRecipe
+from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.model.sync_batchnorm import convert_sync_batchnorm
-from dino_fast.run.schedules import Hyper
 from dino_fast.step import compiled
-from dino_fast.step.compiled import compile_backbones, why_not
+from dino_fast.step.compiled import compile_backbones, find_compile_problem
+from dino_fast.step.hyper import Hyper
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import Precision, TrainStep, build_student_teacher
+from dino_fast.step.precision import Precision
+from dino_fast.step.train_step import TrainStep
 
 HYPER = Hyper(lr=0.01, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
 
@@ -65,7 +67,7 @@ def test_each_resolution_is_one_whole_graph() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_a_compiler_makes_of_it_is_the_same(precision: Precision) -> None:
-    if problem := why_not(torch.device("cpu")):
+    if problem := find_compile_problem(torch.device("cpu")):
         pytest.skip(problem)
     plain, step = _step(precision), _step(precision)
     compile_backbones(step)
@@ -79,7 +81,7 @@ def test_without_a_compiler_it_says_why_in_one_line(monkeypatch: pytest.MonkeyPa
         raise RuntimeError("no C++ compiler\n\nSet TORCHDYNAMO_VERBOSE=1")
 
     monkeypatch.setattr(compiled.torch, "compile", fail)
-    assert why_not(torch.device("cpu")) == "no C++ compiler"
+    assert find_compile_problem(torch.device("cpu")) == "no C++ compiler"
 
 
 def _rank(rank: int, folder: Path) -> None:

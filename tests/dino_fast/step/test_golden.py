@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from dino_fast.config import Recipe
 from dino_fast.model.head import HeadRecipe
+from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.run.schedules import Schedules
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import TrainStep, build_student_teacher
+from dino_fast.step.train_step import TrainStep
 from tests.interpreted import kernels
 
 RUNS = json.loads((Path(__file__).parents[2] / "golden" / "reference_steps.json").read_text())

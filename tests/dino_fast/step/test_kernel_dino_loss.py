@@ -51,12 +51,12 @@ def draw(
     spread: float = 1.0,
     center: float = 0.2,
 ) -> Case:
-    """Logits between ±`spread`, rounded to `dtype`, and a centre between ±`center`."""
+    """Logits between ±`spread`, rounded to `dtype`, and a center between ±`center`."""
     r = torch.Generator().manual_seed(seed)
     rows, sizes = (views * batch, 2 * batch, 1), (spread, spread, center)
     tensors = [size * (2 * torch.rand(n, prototypes, generator=r) - 1) for n, size in zip(rows, sizes, strict=True)]
-    student, teacher, centre = (tensor.to(DEVICE) for tensor in tensors)
-    return Case(student.to(dtype), teacher.to(dtype), centre, temps, views)
+    student, teacher, center = (tensor.to(DEVICE) for tensor in tensors)
+    return Case(student.to(dtype), teacher.to(dtype), center, temps, views)
 
 
 def temperature(value: float) -> Tensor:
@@ -207,7 +207,7 @@ def test_another_reader_of_the_logits_is_not_given_gradients_for_values() -> Non
         (loss + other).backward()
 
 
-def test_the_centre_may_move_before_the_backward_pass() -> None:
+def test_the_center_may_move_before_the_backward_pass() -> None:
     case = draw(11, 3, 2, 40)
     student, center = case.student.clone().requires_grad_(), case.center.clone()
     loss = fused.fused_dino_loss(student, case.teacher, center, 0.1, temperature(0.04), 3).loss
@@ -251,9 +251,9 @@ def test_memory_beside_the_logits() -> None:
         ({"views": 12}, "views do not fit"),
         ({"student": torch.zeros(0, 5), "teacher": torch.zeros(0, 5)}, "views do not fit"),
         ({"teacher": torch.zeros(4, 6)}, "views do not fit"),
-        ({"center": torch.zeros(5)}, "centre"),
-        ({"center": torch.zeros(1, 6)}, "centre"),
-        ({"center": torch.zeros(1, 5, dtype=torch.float64)}, "centre"),
+        ({"center": torch.zeros(5)}, "center"),
+        ({"center": torch.zeros(1, 6)}, "center"),
+        ({"center": torch.zeros(1, 5, dtype=torch.float64)}, "center"),
         ({"temp": torch.zeros(2)}, "temperature"),
         ({"temp": torch.zeros(1, dtype=torch.float64)}, "temperature"),
         ({"student": torch.zeros(6, 5, dtype=torch.float64)}, "logits must be"),

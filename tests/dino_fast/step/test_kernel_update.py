@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from dino_fast.run.schedules import Hyper
-from dino_fast.step.optimizers import OptimRecipe, build_optimizer, clip_gradients, ema_update, set_hyper
+from dino_fast.step.hyper import Hyper
+from dino_fast.step.optimizers import OptimRecipe, build_optimizer, clip_gradients, set_hyper, update_ema
 from tests.interpreted import kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -82,7 +82,7 @@ class Reference:
         set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
         if finite:
             self.optimizer.step()
-        ema_update(self.teacher, self.student, hyper.momentum)
+        update_ema(self.teacher, self.student, hyper.momentum)
         return norms
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dino_fast.step.loss import CenterUpdate, dino_loss, objective, teacher_entropy, teacher_mean
+from dino_fast.step.loss import CenterUpdate, compute_objective, dino_loss, teacher_entropy, teacher_mean
 
 
 def _published(student: Tensor, teacher: Tensor, center: Tensor, ts: float, tt: float, views: int) -> Tensor:
@@ -51,7 +51,7 @@ def test_value_and_gradient_equal_the_published_form(
 
 def test_the_objective_is_all_three() -> None:
     student, teacher, center = _draw(5, 4, 3, 9)
-    found = objective(student, teacher, center, 0.1, torch.tensor(0.04, dtype=torch.float64), 4)
+    found = compute_objective(student, teacher, center, 0.1, torch.tensor(0.04, dtype=torch.float64), 4)
     assert torch.equal(found.loss, dino_loss(student, teacher, center, 0.1, 0.04, 4))
     assert torch.equal(found.teacher_entropy, teacher_entropy(teacher, center, 0.04))
     assert torch.equal(found.teacher_mean, teacher.mean(0, keepdim=True))

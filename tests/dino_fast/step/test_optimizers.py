@@ -14,9 +14,9 @@ from dino_fast.step.optimizers import (
     OptimRecipe,
     build_optimizer,
     clip_gradients,
-    ema_update,
     parameter_groups,
     set_hyper,
+    update_ema,
 )
 
 Name = Literal["sgd", "adamw", "lars"]
@@ -152,7 +152,7 @@ def test_the_moving_average_is_of_parameters_only() -> None:
         nn.init.normal_(p)
     student.get_buffer("1.running_mean").fill_(7)
     before = [p.detach().clone() for p in teacher.parameters()]
-    ema_update(teacher, student, 0.99)
+    update_ema(teacher, student, 0.99)
     for t, b, s in zip(teacher.parameters(), before, student.parameters(), strict=True):
         torch.testing.assert_close(t.detach(), b * 0.99 + (1 - 0.99) * s.detach(), rtol=1e-14, atol=1e-16)
     assert (teacher.get_buffer("1.running_mean") == 0).all()

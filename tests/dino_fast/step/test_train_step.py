@@ -22,12 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_fast.distributed import Ranks
 from dino_fast.model.head import HeadRecipe
-from dino_fast.run.schedules import Hyper
-from dino_fast.step.loss import LossRecipe, objective
+from dino_fast.model.student_teacher import MultiCropModel, build_student_teacher
+from dino_fast.run.resume import find_non_finite_state
+from dino_fast.step.hyper import Hyper
+from dino_fast.step.loss import LossRecipe, compute_objective
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
-from dino_fast.step.train_step import MultiCropModel, Precision, TrainStep, build_student_teacher, split_batch
+from dino_fast.step.precision import Precision
+from dino_fast.step.train_step import TrainStep, split_batch
 from dino_fast.step.update import INTERVAL, LossScale, TorchUpdate
-from dino_fast.train import not_finite
 
 HEAD = HeadRecipe(out_dim=64, hidden_dim=32, bottleneck_dim=16, batch_norm=True)
 HYPER = Hyper(lr=0.05, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
@@ -319,7 +321,7 @@ def test_a_batch_in_parts_has_the_loss_centre_and_gradients_of_all_of_it() -> No
         part = _flat((globals_[:, mine], locals_[:, mine]))
         with torch.no_grad():
             teacher_logits = twin.teacher([part[0]])
-        found.append(objective(twin.student([*part]), teacher_logits, twin.center, 0.1, HYPER.teacher_temp, 5))
+        found.append(compute_objective(twin.student([*part]), teacher_logits, twin.center, 0.1, HYPER.teacher_temp, 5))
     loss = (found[0].loss + found[1].loss) / 2
     loss.backward()
     TorchUpdate(twin.optimizer, twin.bare_student, twin.teacher, 3.0, [])(HYPER, None)
@@ -339,7 +341,7 @@ def test_parts_keep_layout_views_and_images() -> None:
             assert views is not None
             torch.testing.assert_close(views, expected[:, number], rtol=0, atol=0)
             assert _channels_last(views)
-    with pytest.raises(ValueError, match="4 images do not divide into 3 parts"):
+    with pytest.raises(ValueError, match="4 images cannot be split into 3 equal parts"):
         split_batch(*_flat((globals_, locals_)), 3)
 
 
@@ -354,11 +356,11 @@ def test_what_is_no_number_any_more_is_found_before_it_is_saved() -> None:
         "student.backbone.conv1.weight",
     ):
         step = _step()
-        assert not_finite(3, step, ALONE) == ""
+        assert find_non_finite_state(3, step, ALONE) == ""
         network, _, tensor = name.partition(".")
         held = step.center if not tensor else getattr(step, network).state_dict()[tensor]
         held[(0,) * held.dim()] = torch.nan
-        assert "after step 3 are not finite" in not_finite(3, step, ALONE), name
+        assert "after step 3 are not finite" in find_non_finite_state(3, step, ALONE), name
 
 
 def _rank(rank: int, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is kept as a picture, and the reasons for the rest."""
+"""What is kept as an image, and the reasons for the rest."""
 
 import io
 import struct
@@ -15,8 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from shards.images.decode import MAX_PIXELS, Picture, UndecodableError, decode, measure
-from shards.layout import MAX_PICTURE_BYTES
+from shards.images.decode import MAX_PIXELS, decode, read_info
+from shards.images.image_info import ImageInfo, UndecodableError
+from shards.layout import MAX_IMAGE_BYTES
 from tests.shards import dali
 from tests.shards.fuzz import chunk, encode, parts, photo, png, whole_files
 
@@ -24,12 +25,12 @@ FILES = whole_files()
 JPEG, PROGRESSIVE = FILES["baseline.jpg"], FILES["progressive.jpg"]
 PNG, PALETTE, TINY_PNG = FILES["rgb.png"], FILES["palette.png"], FILES["tiny.png"]
 END = chunk(b"IEND", b"")
-JUDGES = pytest.mark.parametrize("judge", [decode, measure])
+JUDGES = pytest.mark.parametrize("judge", [decode, read_info])
 LEVELS = np.asarray(photo(10, 8))
 ROWS = b"".join(b"\0" + row.tobytes() for row in LEVELS)
 
 
-def reason(data: bytes, judge: Callable[..., Picture] = decode, **options: int) -> str:
+def reason(data: bytes, judge: Callable[..., ImageInfo] = decode, **options: int) -> str:
     with pytest.raises(UndecodableError) as caught:
         judge(data, **options)
     return str(caught.value)
@@ -77,7 +78,7 @@ def cut_exif_behind_the_end() -> bytes:
 
 def with_ihdr(**fields: int) -> bytes:
     """A PNG file with other fields in its header, checksum right."""
-    values = {"width": 10, "height": 8, "bits": 8, "colour": 2, "compression": 0, "filters": 0, "interlaced": 0}
+    values = {"width": 10, "height": 8, "bits": 8, "color": 2, "compression": 0, "filters": 0, "interlaced": 0}
     magic, _, *rest = parts(png(LEVELS, interlaced=bool(fields.get("interlaced"))))
     return b"".join([magic, chunk(b"IHDR", struct.pack(">IIBBBBB", *(values | fields).values())), *rest])
 
@@ -100,9 +101,9 @@ def claiming(extension: str, width: int, height: int) -> bytes:
 
 @JUDGES
 @pytest.mark.parametrize("name", [name for name in FILES if name != "moving.png"])
-def test_a_whole_file_has_the_extension_of_its_bytes_and_the_size_of_its_first_picture(judge, name: str):
+def test_a_whole_file_has_the_extension_of_its_bytes_and_the_size_of_its_first_image(judge, name: str):
     size = (2, 3) if name.startswith("tiny") else (45, 61)
-    assert judge(FILES[name]) == Picture(name.rpartition(".")[2], *size)
+    assert judge(FILES[name]) == ImageInfo(name.rpartition(".")[2], *size)
 
 
 @JUDGES
@@ -112,7 +113,7 @@ def test_a_decompression_bomb_is_refused_by_its_header_with_the_numbers(judge, e
     began = time.monotonic()
     found = reason(bomb, judge)
     assert time.monotonic() - began < 0.5
-    assert found == (f"12000 pixels high and 16000 wide: 192000000 in all, more than the {MAX_PIXELS} of --max-pixels")
+    assert found == (f"16000 x 12000 pixels, 192000000 in total, more than the {MAX_PIXELS} of --max-pixels")
 
 
 @JUDGES
@@ -158,11 +159,11 @@ def test_pillows_limit_is_left_as_it_was_by_many_threads(monkeypatch: pytest.Mon
 def test_sides_that_dali_does_not_decode_are_refused(judge):
     for extension in ("png", "webp"):
         found = reason(claiming(extension, 1_000_001, 2), judge)
-        assert found == "2 pixels high and 1000001 wide; sides are 1 to 1000000"
+        assert found == "1000001 x 2 pixels; each side must be 1 to 1000000"
     for extension in ("jpg", "png"):
-        assert "5 pixels high and 0 wide" in reason(claiming(extension, 0, 5), judge)
+        assert "0 x 5 pixels" in reason(claiming(extension, 0, 5), judge)
     widest = encode(Image.new("L", (1_000_000, 1)), "PNG")
-    assert judge(widest) == Picture("png", 1, 1_000_000)
+    assert judge(widest) == ImageInfo("png", 1, 1_000_000)
 
 
 # What Pillow decodes and DALI refuses, with the reason given for it here.
@@ -183,8 +184,8 @@ FORGIVEN = {
     "unknown critical chunk": (png(LEVELS, before=chunk(b"ABCD", b"")), "unknown chunk"),
     "chunk of an odd name": (png(LEVELS, before=chunk(b"ab1D", b"")), "unknown chunk"),
     "chunk of a reserved name": (png(LEVELS, before=chunk(b"abcd", b"")), "unknown chunk"),
-    "large private chunk": (png(LEVELS, before=chunk(b"abCd", bytes(8_000_000))), "8000000 bytes that are no pixels"),
-    "side beyond libpng's limit": (encode(Image.new("L", (1_000_001, 1)), "PNG"), "1000001 wide"),
+    "large private chunk": (png(LEVELS, before=chunk(b"abCd", bytes(8_000_000))), "8000000 bytes that are not pixels"),
+    "side beyond libpng's limit": (encode(Image.new("L", (1_000_001, 1)), "PNG"), "1000001 x 1 pixels"),
     "unknown compression": (with_ihdr(compression=1), "unknown compression or interlacing"),
     "unknown interlacing": (with_ihdr(interlaced=2), "unknown compression or interlacing"),
     "transparency without its flag": (unannounced_transparency(), "transparency that it does not announce"),
@@ -230,14 +231,14 @@ def test_dali_refuses_what_pillow_forgives():
         (with_pixels(zlib.compress(ROWS[:-3])), "truncated"),
         (with_pixels(broken_after_the_last_row()), "do not end with its last row"),
         (without(b"IDAT", PNG), "no pixels"),
-        (with_ihdr(bits=3), "3 bits in colour type 2"),
+        (with_ihdr(bits=3), "3 bits in color type 2"),
         (b"RIFF\x10\0\0\0WEBPVP8 \x04\0\0\0abcd", "WebP file of less than 32 bytes"),
-        (encode(photo(), "GIF"), "GIF picture; shards hold JPEG, PNG and WebP"),
-        (encode(photo(), "BMP"), "BMP picture; shards hold JPEG, PNG and WebP"),
-        (encode(photo(), "TIFF"), "TIFF picture; shards hold JPEG, PNG and WebP"),
-        (encode(photo(), "JPEG2000"), "JPEG 2000 picture; shards hold JPEG, PNG and WebP"),
-        (b"\0\0\0\x20ftypheic" + bytes(40), "AVIF or HEIF picture; shards hold JPEG, PNG and WebP"),
-        (b"<html>", "no JPEG, PNG or WebP picture"),
+        (encode(photo(), "GIF"), "GIF image; shards hold JPEG, PNG and WebP"),
+        (encode(photo(), "BMP"), "BMP image; shards hold JPEG, PNG and WebP"),
+        (encode(photo(), "TIFF"), "TIFF image; shards hold JPEG, PNG and WebP"),
+        (encode(photo(), "JPEG2000"), "JPEG 2000 image; shards hold JPEG, PNG and WebP"),
+        (b"\0\0\0\x20ftypheic" + bytes(40), "AVIF or HEIF image; shards hold JPEG, PNG and WebP"),
+        (b"<html>", "not a JPEG, PNG or WebP image"),
     ],
 )
 def test_a_refused_file_has_a_reason_in_one_line(data: bytes, expected: str):
@@ -249,13 +250,13 @@ def test_a_refused_file_has_a_reason_in_one_line(data: bytes, expected: str):
 def test_a_damaged_png_header_is_refused_even_where_pixels_are_not_looked_at():
     wide = bytearray(PNG)
     wide[19] ^= 1
-    assert reason(bytes(wide), measure) == "damaged PNG header"
+    assert reason(bytes(wide), read_info) == "damaged PNG header"
 
 
 def test_a_file_too_large_for_one_read_is_refused_unread(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("shards.images.decode.MAX_PICTURE_BYTES", len(JPEG) - 1)
+    monkeypatch.setattr("shards.images.decode.MAX_IMAGE_BYTES", len(JPEG) - 1)
     assert reason(JPEG) == f"larger than {len(JPEG) - 1} bytes"
-    assert MAX_PICTURE_BYTES == 1 << 30
+    assert MAX_IMAGE_BYTES == 1 << 30
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_png_files_of_every_small_size_and_kind_are_kept(
     height: int, width: int, channels: int, deep: bool, interlaced: bool, pieces: int
 ):
     levels = np.full((height, width, channels), 200, np.uint16 if deep else np.uint8)
-    assert decode(png(levels, interlaced, pieces=pieces)) == Picture("png", height, width)
+    assert decode(png(levels, interlaced, pieces=pieces)) == ImageInfo("png", height, width)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -303,10 +304,10 @@ def test_png_files_of_few_bits_are_kept(bits: int):
         image.putpalette(bytes(3 << bits))
         data = encode(image, "PNG")
         assert data[24] == bits
-        assert decode(data) == Picture("png", 3, width)
+        assert decode(data) == ImageInfo("png", 3, width)
 
 
-def test_pixels_are_inflated_no_further_than_the_picture_reaches(monkeypatch: pytest.MonkeyPatch):
+def test_pixels_are_inflated_no_further_than_the_image_reaches(monkeypatch: pytest.MonkeyPatch):
     inflated = []
 
     class Counting:
@@ -330,7 +331,7 @@ def test_damage_that_libjpeg_papers_over_is_kept_and_what_ends_too_early_is_not(
     middle = len(whole) // 2
     smeared = whole[:middle] + bytes(100) + whole[middle + 100 :]
     ended = whole[:middle] + b"\xff\xd9"
-    assert decode(smeared) == decode(ended) == decode(whole) == Picture("jpg", 200, 300)
+    assert decode(smeared) == decode(ended) == decode(whole) == ImageInfo("jpg", 200, 300)
     assert "truncated" in reason(whole[:middle])
 
 

@@ -1,4 +1,4 @@
-"""Large pictures re-encoded smaller."""
+"""Large images re-encoded smaller."""
 
 import contextlib
 import io
@@ -11,17 +11,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageCms
 
 from pipelines.decode_torch import decode as decode_for_training
-from shards.images.decode import Picture, UndecodableError, decode, measure
+from shards.images.decode import decode, read_info
+from shards.images.image_info import ImageInfo, UndecodableError
 from shards.images.reencode import shrink
 from tests.shards.fuzz import encode, photo, png, whole_files
 
 FILES = {name: data for name, data in whole_files().items() if name not in ("moving.png", "tiny.jpg")}
 KINDS = sorted(name for name in FILES if not name.startswith("tiny"))
-GREY = {"grey.jpg", "grey.png", "grey16.png", "grey alpha.png", "two levels.png", "interlaced grey16.png"}
+GREY = {"gray.jpg", "gray.png", "gray16.png", "gray alpha.png", "two levels.png", "interlaced gray16.png"}
 
 
 def shrunk(data: bytes, short_side: int, quality: int = 90) -> bytes:
-    return shrink(data, measure(data), short_side, quality)
+    return shrink(data, read_info(data), short_side, quality)
 
 
 def markers(data: bytes) -> list[int]:
@@ -49,7 +50,7 @@ def test_the_shorter_side_becomes_n_and_the_longer_follows_rounded(width: int, h
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_levels_are_those_of_training_smaller_and_grey_stays_grey(name: str):
+def test_levels_are_those_of_training_smaller_and_gray_stays_gray(name: str):
     data = FILES[name]
     with pytest.warns(UserWarning, match="Palette") if name == "clear palette.png" else contextlib.nullcontext():
         levels = decode_for_training(data).permute(1, 2, 0).numpy()
@@ -75,15 +76,15 @@ def test_exif_profile_and_comment_stay_behind():
     found = shrunk(data, 20)
     assert set(markers(found)) == {0xE0, 0xDB, 0xC0, 0xC4, 0xDA}
     assert found == shrunk(encode(Image.open(io.BytesIO(data)), "PNG"), 20), "what stays behind changes the result"
-    assert decode(found) == Picture("jpg", 20, 27), "turned by its EXIF orientation"
+    assert decode(found) == ImageInfo("jpg", 20, 27), "turned by its EXIF orientation"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_the_same_picture_gives_the_same_bytes(name: str):
+def test_the_same_image_gives_the_same_bytes(name: str):
     assert shrunk(FILES[name], 20) == shrunk(bytes(bytearray(FILES[name])), 20)
 
 
-def test_fine_patterns_become_grey_and_not_another_pattern():
+def test_fine_patterns_become_gray_and_not_another_pattern():
     board = np.indices((300, 400)).sum(0) % 2 * 255
     with Image.open(io.BytesIO(shrunk(encode(Image.fromarray(board.astype(np.uint8)), "PNG"), 70))) as image:
         assert np.abs(np.asarray(image).astype(int) - 127.5).max() < 3
@@ -96,13 +97,13 @@ def test_sixteen_bits_lose_their_low_byte_and_no_more():
         assert np.abs(np.asarray(image) - expected).max() < 2
 
 
-def test_a_picture_too_long_for_a_jpeg_stays_as_it_is():
+def test_an_image_too_long_for_a_jpeg_stays_as_it_is():
     strip = encode(Image.new("L", (131_004, 2)), "PNG")
     assert shrunk(strip, 1) is strip
-    assert decode(shrunk(encode(Image.new("L", (131_000, 2)), "PNG"), 1)) == Picture("jpg", 1, 65_500)
+    assert decode(shrunk(encode(Image.new("L", (131_000, 2)), "PNG"), 1)) == ImageInfo("jpg", 1, 65_500)
 
 
-def test_a_damaged_picture_is_refused():
+def test_a_damaged_image_is_refused():
     data = encode(photo(), "JPEG")
     with pytest.raises(UndecodableError, match="truncated"):
-        shrink(data[:-200], measure(data), 20, 90)
+        shrink(data[:-200], read_info(data), 20, 90)

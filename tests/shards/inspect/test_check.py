@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from shards.errors import UserError
-from shards.images.validate import Judge
+from shards.images.rules import ImageRules
 from shards.index import ShardIndex
 from shards.inspect.check import check
-from shards.packing.pack import Options
+from shards.packing.plan import Options
 from tests.shards.manifests import forge
 from tests.shards.packing_helpers import pack_tree
 
@@ -46,7 +46,7 @@ def test_a_sound_folder(packed: Path) -> None:
     seen: list[tuple[int, int]] = []
     report = check(packed, 2, lambda done, total: seen.append((done, total)))
     assert report.problems == ()
-    assert (report.pictures, report.shards) == (21, len(ShardIndex(packed).manifest.shards))
+    assert (report.images, report.shards) == (21, len(ShardIndex(packed).manifest.shards))
     assert report.bytes == sum(path.stat().st_size for path in packed.glob("*.tar"))
     assert seen[-1] == (21, 21)
 
@@ -80,7 +80,7 @@ def test_every_byte_counts(packed: Path) -> None:
     assert check(packed, 1).problems == ()
 
 
-def test_a_picture_that_no_longer_decodes_but_whose_sums_are_right(packed: Path) -> None:
+def test_an_image_that_no_longer_decodes_but_whose_sums_are_right(packed: Path) -> None:
     import zlib
 
     path, offset, size, where = place(packed, 2)
@@ -90,16 +90,16 @@ def test_a_picture_that_no_longer_decodes_but_whose_sums_are_right(packed: Path)
     np.save(packed / "index.npy", records)
     rehash(packed)
     (problem,) = check(packed, 2).problems
-    assert problem.startswith(where + "does not decode")
+    assert problem.startswith(where + "the image cannot be decoded (")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "complaint"),
     [
-        ("height", 999, "where the index says 999"),
-        ("width", 999, "pixels high and"),
-        ("label", 1000, "label 1000 is none of 2 classes"),
-        ("label", -5, "label -5 is none of 2 classes"),
+        ("height", 999, "x 999"),
+        ("width", 999, "the index says 999 x"),
+        ("label", 1000, "label 1000 is not one of 2 classes"),
+        ("label", -5, "label -5 is not one of 2 classes"),
         ("crc32", 0, "crc32 differs"),
         ("size", 3, "crc32 differs"),
     ],
@@ -119,7 +119,10 @@ def test_members_that_the_index_does_not_know(packed: Path) -> None:
     """A record less in the index: the tar then holds a sample nobody would ever read."""
     records = np.load(packed / "index.npy")
     fields = json.loads((packed / "manifest.json").read_text())
-    for gone, complaint in ((1, "does not account"), (fields["shards"][0]["samples"] - 1, "something follows")):
+    for gone, complaint in (
+        (1, "the tar holds data at offset"),
+        (fields["shards"][0]["samples"] - 1, "data follow that are not in the index"),
+    ):
         np.save(packed / "index.npy", np.delete(records, gone))
         first, *others = fields["shards"]
         forge(packed, samples=20, shards=[{**first, "samples": first["samples"] - 1}, *others])
@@ -135,8 +138,8 @@ def test_foreign_cut_and_missing_shards(packed: Path) -> None:
     os.truncate(packed / names[0], 700)
     (packed / names[1]).unlink()
     problems = check(packed, 2).problems
-    assert "train-000099.tar: a shard that the manifest does not know" in problems
-    assert any(problem.startswith(f"{names[0]}: 700 bytes where") for problem in problems)
+    assert "train-000099.tar: a tar that the manifest does not list" in problems
+    assert any(problem.startswith(f"{names[0]}: the file has 700 bytes, the manifest says") for problem in problems)
     assert any(problem.startswith(names[0]) and "ends after" in problem for problem in problems)
     assert f"{names[1]}: no such file" in problems
 
@@ -146,7 +149,7 @@ def test_a_stale_index_leaves_the_hashes_to_check(packed: Path) -> None:
     overwrite(packed / "index.npy", 400, b"\xff\xfe\xfd\xfc")
     overwrite(path, offset, b"\0\0\0")
     first, second = check(packed, 2).problems
-    assert "index.npy is stale or foreign" in first
+    assert "index.npy does not belong to this manifest" in first
     assert second == f"{path.name}: sha256 differs from the manifest's"
 
 
@@ -165,7 +168,7 @@ def test_a_damaged_manifest(packed: Path, was: str, is_now: str) -> None:
     text = manifest.read_text()
     assert was in text
     manifest.write_text(text.replace(was, is_now))
-    with pytest.raises(UserError, match=r"manifest\.json: .*damaged, or was changed by hand; pack again"):
+    with pytest.raises(UserError, match=r"manifest\.json: .*damaged or was edited by hand\. Pack again"):
         check(packed, 1)
 
 
@@ -178,11 +181,11 @@ def test_the_lists_for_people_count(packed: Path, name: str) -> None:
     assert check(packed, 1).problems == (f"{name}: no such file",)
 
 
-def test_pictures_are_judged_by_what_they_were_packed_by(tree: Path, tmp_path: Path) -> None:
+def test_images_are_judged_by_what_they_were_packed_by(tree: Path, tmp_path: Path) -> None:
     Image.new("RGB", (5000, 5000)).save(tree / "cat" / "large.png")  # takes 0.1 s and more
-    judge = Judge(max_pixels=25_000_000, picture_seconds=1234.5)
-    pack_tree(tree, tmp_path / "out", Options(judge=judge))
+    judge = ImageRules(max_pixels=25_000_000, image_seconds=1234.5)
+    pack_tree(tree, tmp_path / "out", Options(rules=judge))
     assert check(tmp_path / "out", 1).problems == ()
-    forge(tmp_path / "out", options={"max_pixels": 25_000_000, "picture_seconds": 0.02})
+    forge(tmp_path / "out", options={"max_pixels": 25_000_000, "image_seconds": 0.02})
     (problem,) = check(tmp_path / "out", 1).problems
-    assert problem.endswith("takes more than 0.02 s of CPU time (--picture-seconds)")
+    assert problem.endswith("takes more than 0.02 s of CPU time (--image-seconds))")

@@ -14,36 +14,37 @@ from shards.images.decode import decode
 from shards.index import ShardIndex
 from shards.inspect import check as check_module
 from shards.inspect.check import check
-from shards.packing.pack import Options, pack
+from shards.packing.pack import pack
+from shards.packing.plan import Options
 from shards.sources.scan import scan
-from shards.storage.output import out_folder
+from shards.storage.folders import open_folder
 from tests.shards.fuzz import mutant, whole_files
 
 
 def inline(
     function: Callable[..., Any],
-    task_of: Callable[[int], Any],
+    make_task: Callable[[int], Any],
     count: int,
     workers: int,
     progress: Callable[[int], None],
     overrun: object = None,
 ) -> list[Any]:
     """An engine without processes, which would take half a second each time."""
-    return [function(task_of(number), lambda done: None) for number in range(count)]
+    return [function(make_task(number), lambda done: None) for number in range(count)]
 
 
 def archives() -> list[bytes]:
-    """Small archives of whole pictures: a WebDataset tar, a tar of tars, a zip, a tar in PAX format."""
-    pictures = [data for name, data in whole_files().items() if len(data) < 8_000 and "moving" not in name]
+    """Small archives of whole images: a WebDataset tar, a tar of tars, a zip, a tar in PAX format."""
+    images = [data for name, data in whole_files().items() if len(data) < 8_000 and "moving" not in name]
     samples = {
-        f"{n:03d}.{kind}": data for n, p in enumerate(pictures) for kind, data in (("jpg", p), ("cls", b"%d" % (n % 3)))
+        f"{n:03d}.{kind}": data for n, p in enumerate(images) for kind, data in (("jpg", p), ("cls", b"%d" % (n % 3)))
     }
-    of_tars = {f"n{k}.tar": tar_of({f"n{k}_{n}.JPEG": p for n, p in enumerate(pictures[k::3])}) for k in range(3)}
+    of_tars = {f"n{k}.tar": tar_of({f"n{k}_{n}.JPEG": p for n, p in enumerate(images[k::3])}) for k in range(3)}
     in_zip = io.BytesIO()
     with zipfile.ZipFile(in_zip, "w", zipfile.ZIP_DEFLATED) as archive:
-        for number, picture in enumerate(pictures):
-            archive.writestr(f"set/c{number % 2}/{number}.png", picture)
-    return [tar_of(samples), tar_of(of_tars), in_zip.getvalue(), tar_of({"é" * 120 + ".jpg": pictures[0]})]
+        for number, image in enumerate(images):
+            archive.writestr(f"set/c{number % 2}/{number}.png", image)
+    return [tar_of(samples), tar_of(of_tars), in_zip.getvalue(), tar_of({"é" * 120 + ".jpg": images[0]})]
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
@@ -58,10 +59,10 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 def refusal(source: Path, out: Path) -> str | None:
     """Pack; the line that it was refused with, or None. Whatever else happens is the test's failure."""
-    folder = out_folder(str(out))
+    folder = open_folder(str(out))
     try:
-        with folder.held("taken"):
-            pack(scan(source, "auto", folder.work), folder, Options(shard_size=20_000), 1, run=inline)
+        with folder.lock("taken"):
+            pack(scan(source, "auto", folder.work_folder), folder, Options(shard_size=20_000), 1, run=inline)
     except UserError as error:
         return str(error)
     return None

@@ -10,13 +10,13 @@ from PIL import Image
 
 from shards.index import ShardIndex
 from shards.inspect.check import check
-from shards.layout import load_manifest
-from shards.storage.output import LocalFolder
+from shards.manifest import load_manifest
+from shards.storage.local_folder import LocalFolder
 
-LONG = "a-folder-with-a-rather-long-name/" * 4 + "and-a-picture-with-a-name-that-no-ustar-header-holds" * 3
+LONG = "a-folder-with-a-rather-long-name/" * 4 + "and-an-image-with-a-name-that-no-ustar-header-holds" * 3
 
 
-def picture(number: int, format: str) -> bytes:
+def make_image(number: int, format: str) -> bytes:
     buffer = io.BytesIO()
     Image.effect_noise((30 + number, 40), 90).convert("RGB").save(buffer, format)
     return buffer.getvalue()
@@ -32,33 +32,33 @@ def write(path: Path, format: int, files: dict[str, bytes]) -> None:
 
 @pytest.fixture
 def foreign(tmp_path: Path) -> tuple[Path, dict[bytes, str]]:
-    """Two tars by other hands, and picture → class."""
+    """Two tars by other hands, and image → class."""
     folder = tmp_path / "theirs"
     folder.mkdir()
-    pictures: dict[bytes, str] = {}
+    images: dict[bytes, str] = {}
     for number, (format, kind) in enumerate([(tarfile.GNU_FORMAT, "JPEG"), (tarfile.PAX_FORMAT, "WEBP")]):
         files = {}
         for sample in range(4):
             name = f"{LONG}{sample}" if sample == 2 else f"x/{sample}"
-            files[f"{name}.{'JPEG' if kind == 'JPEG' else 'webp'}"] = data = picture(4 * number + sample, kind)
+            files[f"{name}.{'JPEG' if kind == 'JPEG' else 'webp'}"] = data = make_image(4 * number + sample, kind)
             files[f"{name}.cls"] = f"class {sample % 3}".encode()
-            pictures[data] = f"class {sample % 3}"
-        files["broken.jpg"], files["broken.cls"], files["alone.cls"] = b"no picture", b"class 0", b"class 1"
+            images[data] = f"class {sample % 3}"
+        files["broken.jpg"], files["broken.cls"], files["alone.cls"] = b"no image", b"class 0", b"class 1"
         write(folder / f"part{number}.tar", format, files)
-    return folder, pictures
+    return folder, images
 
 
 def test_other_makers_tars_become_readable_by_number(
     command: Callable[..., object], foreign: tuple[Path, dict[bytes, str]]
 ) -> None:
-    folder, pictures = foreign
+    folder, images = foreign
     before = {path: path.read_bytes() for path in folder.iterdir()}
     run = command("index", folder)
     assert (run.returncode, run.stderr) == (0, "")
-    assert "8 pictures, 3 classes, 2 shards" in run.stdout
+    assert "8 images, 3 classes, 2 shards" in run.stdout
     index = ShardIndex(folder)
     data = index.read(range(len(index)))
-    assert {d: index.classes[label] for d, label in zip(data, index.labels.tolist(), strict=True)} == pictures
+    assert {d: index.classes[label] for d, label in zip(data, index.labels.tolist(), strict=True)} == images
     for d, height, width in zip(data, index.heights, index.widths, strict=True):
         with Image.open(io.BytesIO(d)) as image:
             assert image.size == (width, height)
@@ -90,7 +90,7 @@ def test_a_second_run_and_a_check_agree(
     assert check(folder, 2).problems == ()
 
 
-def test_check_notices_a_damaged_picture_of_theirs(
+def test_check_notices_a_damaged_image_of_theirs(
     command: Callable[..., object], foreign: tuple[Path, dict[bytes, str]]
 ) -> None:
     folder, _ = foreign
@@ -100,7 +100,7 @@ def test_check_notices_a_damaged_picture_of_theirs(
         file.seek(int(record["offset"]) + 9)
         file.write(b"\0\1\2")
     crc, sha = check(folder, 1).problems
-    assert crc.startswith(f"part0.tar, offset {record['offset']}: crc32 differs")
+    assert crc.startswith(f"part0.tar, offset {record['offset']}: its crc32 differs")
     assert "sha256 differs" in sha
 
 
@@ -110,7 +110,7 @@ def test_tars_can_be_numbered_as_another_set(
     folder, _ = foreign
     for number in range(5):
         (tmp_path / "src" / f"class {number - 1}").mkdir(parents=True)
-        (tmp_path / "src" / f"class {number - 1}" / "1.jpg").write_bytes(picture(number, "JPEG"))
+        (tmp_path / "src" / f"class {number - 1}" / "1.jpg").write_bytes(make_image(number, "JPEG"))
     assert command("pack", tmp_path / "src", tmp_path / "train").returncode == 0
     assert command("index", folder, "--classes", tmp_path / "train" / "manifest.json").returncode == 0
     classes = load_manifest(LocalFolder(str(tmp_path / "train"))).classes
@@ -121,7 +121,9 @@ def test_tars_can_be_numbered_as_another_set(
 def test_folders_without_tars_and_folders_of_ours(command: Callable[..., object], packed: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "holds no tars" in command("index", tmp_path / "empty").stderr
-    assert "holds another packing" in command("index", packed).stderr
+    assert "was made by make-shards pack" in command("index", packed).stderr
     with tarfile.open(tmp_path / "empty" / "t.tar", "w:gz"):
         pass
-    assert "t.tar: compressed tar, which cannot be read by offsets" in command("index", tmp_path / "empty").stderr
+    assert (
+        "t.tar is a compressed tar file, which cannot be read by offsets" in command("index", tmp_path / "empty").stderr
+    )

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image
 
 from shards.errors import UserError
-from shards.images.validate import Judge
+from shards.images.rules import ImageRules
 from shards.index import ShardIndex
 from shards.layout import RECORD
-from shards.packing.pack import Options
-from shards.sources.scan import PICTURES
+from shards.packing.plan import Options
+from shards.sources.archives import IMAGES
 from tests.shards.packing_helpers import pack_tree
 
 Contents = Callable[[Path], dict[str, bytes]]
@@ -34,11 +34,11 @@ def decodes(path: Path) -> bool:
 
 
 def expectation(root: Path) -> tuple[dict[bytes, int], list[str]]:
-    """Picture bytes → label for what must be kept, and the sorted paths of what must not."""
+    """Image bytes → label for what must be kept, and the sorted paths of what must not."""
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     kept, out = {}, []
     for path in root.rglob("*"):
-        if path.suffix.lower() in PICTURES and not path.name.startswith("."):
+        if path.suffix.lower() in IMAGES and not path.name.startswith("."):
             relative = path.relative_to(root)
             if decodes(path):
                 kept[path.read_bytes()] = classes.index(relative.parts[0])
@@ -48,23 +48,23 @@ def expectation(root: Path) -> tuple[dict[bytes, int], list[str]]:
 
 
 def test_what_decodes_is_kept_and_the_rest_named(tree: Path, packed: Path) -> None:
-    kept, left_out = expectation(tree)
+    kept, rejected_names = expectation(tree)
     index = ShardIndex(packed)
     data = index.read(range(len(index)))
     assert dict(zip(data, index.labels.tolist(), strict=True)) == kept
     assert len(index) == len(kept) == 21
     manifest = ShardIndex(packed).manifest
-    assert [entry.source for entry in manifest.rejected] == left_out
+    assert [entry.source for entry in manifest.rejected] == rejected_names
     reasons = {entry.source: entry.reason for entry in manifest.rejected}
     assert reasons["dog/empty.png"] == "empty file"
-    assert reasons["dog/moving.gif"].startswith("GIF picture")
+    assert reasons["dog/moving.gif"].startswith("GIF image")
     assert "ends too early" in reasons["cat/cut.jpg"]
-    assert reasons["dog/text.JPEG"].startswith("no JPEG, PNG or WebP picture")
+    assert reasons["dog/text.JPEG"].startswith("not a JPEG, PNG or WebP image")
     assert (manifest.classes, manifest.ignored, manifest.samples) == (("cat", "dog"), 2, 21)
     assert len(manifest.shards) > 3
 
 
-def test_heights_and_widths_are_the_pictures(packed: Path) -> None:
+def test_heights_and_widths_are_the_images(packed: Path) -> None:
     index = ShardIndex(packed)
     tars = {shard.file: tarfile.open(packed / shard.file) for shard in index.manifest.shards}  # noqa: SIM115
     for id in range(len(index)):
@@ -85,8 +85,8 @@ def test_tars_are_plain_ustar(packed: Path) -> None:
             members = tar.getmembers()
         assert {(member.mtime, member.uid, member.gid, member.mode) for member in members} == {(0, 0, 0, 0o644)}
         assert not any(member.pax_headers for member in members)
-        pictures, labels = members[::2], members[1::2]
-        assert [p.name.partition(".")[0] + ".cls" for p in pictures] == [c.name for c in labels]
+        images, labels = members[::2], members[1::2]
+        assert [p.name.partition(".")[0] + ".cls" for p in images] == [c.name for c in labels]
         data = path.read_bytes()
         assert all(data[member.offset + 257 : member.offset + 265] == b"ustar\00000" for member in members)
 
@@ -125,22 +125,22 @@ def test_a_shard_that_came_out_empty_goes(tmp_path: Path) -> None:
     """DALI's own reader would count a sample in it."""
     (tmp_path / "src").mkdir()
     for number in range(5):
-        (tmp_path / "src" / f"{number}.jpg").write_bytes(b"no picture")
+        (tmp_path / "src" / f"{number}.jpg").write_bytes(b"no image")
     for number in (5, 6):
         Image.new("RGB", (4, number)).save(tmp_path / "src" / f"{number}.png")
     packed = pack_tree(tmp_path / "src", tmp_path / "out", Options(shard_size=1))
     assert [shard.samples for shard in packed.manifest.shards] == [1, 1]
     assert sorted(path.name for path in (tmp_path / "out").glob("*.tar")) == [s.file for s in packed.manifest.shards]
     index = ShardIndex(tmp_path / "out")
-    pictures = {(tmp_path / "src" / f"{number}.png").read_bytes() for number in (5, 6)}
-    assert set(index.read([0, 1])) == pictures
+    images = {(tmp_path / "src" / f"{number}.png").read_bytes() for number in (5, 6)}
+    assert set(index.read([0, 1])) == images
     assert pack_tree(tmp_path / "src", tmp_path / "out", Options(shard_size=1)).was_complete
 
 
 def test_nothing_decodes(tmp_path: Path) -> None:
     (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "1.jpg").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"not one of 1 pictures decodes \(1\.jpg: no JPEG"):
+    (tmp_path / "src" / "1.jpg").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of 1 images can be decoded \(1\.jpg: not a JPEG"):
         pack_tree(tmp_path / "src", tmp_path / "out", Options(), 1)
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -154,32 +154,32 @@ def test_manifest_names_no_place_time_or_machine(packed: Path, tmp_path: Path) -
         "shard_size": 12_000,
         "check": "full",
         "max_pixels": 2**27,
-        "picture_seconds": 30.0,
+        "image_seconds": 30.0,
         "max_short_side": None,
         "quality": 92,
     }
 
 
-def test_progress_ends_at_all_pictures(tree: Path, tmp_path: Path) -> None:
+def test_progress_ends_at_all_images(tree: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     pack_tree(tree, tmp_path / "out", Options(shard_size=12_000), 2, lambda done, total: seen.append((done, total)))
     assert seen[-1] == (25, 25)
     assert seen == sorted(seen)
 
 
-def test_awkward_pictures(shared_data: Path, tmp_path: Path) -> None:
+def test_awkward_images(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "awkward"
     pack_tree(source, tmp_path / "out", Options(), 2)
-    kept, left_out = expectation(source)
+    kept, rejected_names = expectation(source)
     index = ShardIndex(tmp_path / "out")
     data = index.read(range(len(index)))
     assert set(data) == set(kept)
-    assert len(data) == 43 - len(left_out)  # some of them are equal
-    assert [entry.source for entry in index.manifest.rejected] == left_out
+    assert len(data) == 43 - len(rejected_names)  # some of them are equal
+    assert [entry.source for entry in index.manifest.rejected] == rejected_names
     told = json.loads((source / "made" / "manifest.json").read_text())
     for name, about in told.items():
         if about["decodable"] is not None:
-            assert about["decodable"] == (f"made/{name}" not in left_out)
+            assert about["decodable"] == (f"made/{name}" not in rejected_names)
 
 
 def rows(path: Path) -> list[list[str]]:
@@ -187,10 +187,10 @@ def rows(path: Path) -> list[list[str]]:
         return list(csv.reader(file))
 
 
-def test_the_list_of_rejected_pictures_is_the_manifests(packed: Path) -> None:
+def test_the_list_of_rejected_images_is_the_manifests(packed: Path) -> None:
     manifest = ShardIndex(packed).manifest
     assert rows(packed / "rejected.csv") == [
-        ["picture", "reason"],
+        ["image", "reason"],
         *([entry.source, entry.reason] for entry in manifest.rejected),
     ]
     assert len(manifest.rejected) == 4
@@ -206,21 +206,21 @@ def test_duplicates_are_counted_named_and_kept(tmp_path: Path, make_class_folder
         (source / "class_0" / f"broken{number}.jpg").write_bytes(b"equal, but left out")
     manifest = pack_tree(source, tmp_path / "out", Options(shard_size=9_000)).manifest
     head, *listed = rows(tmp_path / "out" / "duplicates.csv")
-    assert head == ["picture", "same_bytes_as"]
+    assert head == ["image", "same_bytes_as"]
     assert manifest.duplicates == len(listed) == 3
     assert manifest.samples == 15
     group = {"class_0/0000.jpg", *names[:2], "class_0/\\udcff.jpg"}
     (first,) = {same for _, same in listed}
-    assert {first, *(picture for picture, _ in listed)} == group
+    assert {first, *(image for image, _ in listed)} == group
 
 
 def test_without_duplicates_the_list_is_empty(packed: Path) -> None:
-    assert rows(packed / "duplicates.csv") == [["picture", "same_bytes_as"]]
+    assert rows(packed / "duplicates.csv") == [["image", "same_bytes_as"]]
     assert ShardIndex(packed).manifest.duplicates == 0
 
 
 def test_headers_alone_find_the_same_sizes(tree: Path, packed: Path, tmp_path: Path) -> None:
-    options = Options(seed=5, shard_size=12_000, judge=Judge(check="header"))
+    options = Options(seed=5, shard_size=12_000, rules=ImageRules(check="header"))
     manifest = pack_tree(tree, tmp_path / "out", options).manifest
     assert {entry.source for entry in manifest.rejected} >= {"dog/empty.png", "dog/moving.gif", "dog/text.JPEG"}
     trusted, judged = ShardIndex(tmp_path / "out"), ShardIndex(packed)
@@ -231,15 +231,15 @@ def test_headers_alone_find_the_same_sizes(tree: Path, packed: Path, tmp_path: P
     assert sizes[1].items() <= sizes[0].items()
 
 
-def test_pictures_beyond_the_pixel_limit_are_left_out(tree: Path, tmp_path: Path) -> None:
-    manifest = pack_tree(tree, tmp_path / "out", Options(judge=Judge(max_pixels=600))).manifest
+def test_images_beyond_the_pixel_limit_are_rejected(tree: Path, tmp_path: Path) -> None:
+    manifest = pack_tree(tree, tmp_path / "out", Options(rules=ImageRules(max_pixels=600))).manifest
     reasons = [entry.reason for entry in manifest.rejected if "--max-pixels" in entry.reason]
     index = ShardIndex(tmp_path / "out")
     assert len(reasons) == 21 - len(index) > 0
     assert int((index.heights.astype(int) * index.widths).max()) <= 600
 
 
-def test_large_pictures_are_re_encoded_when_told(tree: Path, packed: Path, tmp_path: Path) -> None:
+def test_large_images_are_re_encoded_when_told(tree: Path, packed: Path, tmp_path: Path) -> None:
     manifest = pack_tree(tree, tmp_path / "out", Options(max_short_side=22, quality=80)).manifest
     assert (manifest.options["max_short_side"], manifest.options["quality"]) == (22, 80)
     index, untouched = ShardIndex(tmp_path / "out"), ShardIndex(packed)

@@ -1,4 +1,4 @@
-"""The plan: a pure function that loses nothing, whatever the number of pictures."""
+"""The plan: a pure function that loses nothing, whatever the number of images."""
 
 import subprocess
 import sys
@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from shards.images.validate import Judge
-from shards.layout import TAR_END, member_bytes
-from shards.packing import pack as pack_module
-from shards.packing.pack import Options, plan
-from shards.sources.listing import Collector, Listing
+from shards.images.rules import ImageRules
+from shards.layout import TAR_END, count_member_bytes
+from shards.packing import plan as plan_module
+from shards.packing.plan import Options, make_plan
+from shards.sources.listing import Listing, ListingBuilder
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -22,30 +22,30 @@ ROOT = Path(__file__).resolve().parents[3]
 def listing_of(
     sizes: list[int], label: int = -1, names: list[str] | None = None, classes: tuple[str, ...] = ("a",) * 12
 ) -> Listing:
-    collector = Collector(in_containers=False)
+    builder = ListingBuilder(in_containers=False)
     for place, size in enumerate(sizes):
-        collector.add((names[place] if names else f"a/{place}.jpg").encode(), size)
-    listing = collector.finish("/src", "folders", "/src", (), 0)
-    return listing.labelled(() if label < 0 else classes, np.full(len(sizes), label, np.int32))
+        builder.add((names[place] if names else f"a/{place}.jpg").encode(), size)
+    listing = builder.finish("/src", "folders", "/src", (), 0)
+    return listing.with_labels(() if label < 0 else classes, np.full(len(sizes), label, np.int32))
 
 
 @given(
     st.lists(st.integers(0, 9000), min_size=1, max_size=80), st.integers(1, 40_000), st.integers(0, 99), st.booleans()
 )
-def test_every_source_once_in_bounded_shards(sizes: list[int], shard_size: int, seed: int, labelled: bool) -> None:
-    listing, options = listing_of(sizes, 11 if labelled else -1), Options(seed, shard_size)
-    planned = plan(listing, options)
+def test_every_source_once_in_bounded_shards(sizes: list[int], shard_size: int, seed: int, labeled: bool) -> None:
+    listing, options = listing_of(sizes, 11 if labeled else -1), Options(seed, shard_size)
+    planned = make_plan(listing, options)
     assert sorted(planned.order.tolist()) == list(range(len(sizes)))
     assert planned.cuts[0] == 0
     assert planned.cuts[-1] == len(sizes)
-    cost = [member_bytes(size) + (member_bytes(2) if labelled else 0) for size in sizes]
+    cost = [count_member_bytes(size) + (count_member_bytes(2) if labeled else 0) for size in sizes]
     tars = [planned.order[a:b].tolist() for a, b in zip(planned.cuts, planned.cuts[1:], strict=False)]
     for number, tar in enumerate(tars):
         length = sum(cost[place] for place in tar) + len(TAR_END)
         assert len(tar) == 1 or (tar and length <= shard_size)
         if number + 1 < len(tars):  # and no shard stops early
             assert length + cost[tars[number + 1][0]] > shard_size
-    again = plan(listing, options)
+    again = make_plan(listing, options)
     assert np.array_equal(again.order, planned.order)
     assert np.array_equal(again.cuts, planned.cuts)
     assert again.fingerprint == planned.fingerprint
@@ -53,11 +53,11 @@ def test_every_source_once_in_bounded_shards(sizes: list[int], shard_size: int, 
 
 def test_the_order_is_pinned() -> None:
     """A restart under another numpy must find the same plan: these numbers may never change."""
-    assert plan(listing_of([1] * 8), Options(seed=0)).order.tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert make_plan(listing_of([1] * 8), Options(seed=0)).order.tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
 
 
 def test_seeds_shuffle_differently() -> None:
-    orders = [plan(listing_of([1] * 50), Options(seed)).order.tolist() for seed in range(5)]
+    orders = [make_plan(listing_of([1] * 50), Options(seed)).order.tolist() for seed in range(5)]
     assert all(a != b for place, a in enumerate(orders) for b in [*orders[:place], list(range(50))])
 
 
@@ -72,42 +72,43 @@ def test_fingerprint_tells_every_difference() -> None:
         listing_of(base),
         listing_of(base, 11, classes=("b",) * 12),
     ]
-    others = [Options(seed=1), Options(shard_size=9999), Options(name="val"), Options(judge=Judge(check="header"))]
-    others += [Options(judge=Judge(max_pixels=9)), Options(max_short_side=512), Options(quality=91)]
-    prints = [plan(listing, options).fingerprint for listing in listings]
-    prints += [plan(listings[0], other).fingerprint for other in others]
+    others = [Options(seed=1), Options(shard_size=9999), Options(name="val"), Options(rules=ImageRules(check="header"))]
+    others += [Options(rules=ImageRules(max_pixels=9)), Options(max_short_side=512), Options(quality=91)]
+    prints = [make_plan(listing, options).fingerprint for listing in listings]
+    prints += [make_plan(listings[0], other).fingerprint for other in others]
     assert len(set(prints)) == len(prints)
-    assert plan(listing_of(base, 11), options).fingerprint == prints[0]
+    assert make_plan(listing_of(base, 11), options).fingerprint == prints[0]
 
 
 def test_more_shards_than_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack_module, "MAX_SHARDS", 3)
-    assert plan(listing_of([1] * 3), Options(shard_size=1)).shards == 3
+    monkeypatch.setattr(plan_module, "MAX_SHARDS", 3)
+    assert make_plan(listing_of([1] * 3), Options(shard_size=1)).shard_count == 3
     with pytest.raises(UserError, match="larger --shard-size"):
-        plan(listing_of([1] * 4), Options(shard_size=1))
+        make_plan(listing_of([1] * 4), Options(shard_size=1))
 
 
-# A listing of N pictures in class folders, its plan, and every task of it, one at a time; prints the peak in MiB.
+# A listing of N images in class folders, its plan, and every task of it, one at a time; prints the peak in MiB.
 MEASURE = r"""
 import re, sys
 from pathlib import Path
-from shards.storage.output import out_folder
-from shards.packing.pack import Options, _task, plan
+from shards.storage.folders import open_folder
+from shards.packing.pack import make_task
+from shards.packing.plan import Options, make_plan
 from shards.sources import labels
-from shards.sources.listing import Collector
-from shards.sources.tree import in_order
+from shards.sources.listing import ListingBuilder
+from shards.sources.folder_walk import sort_entries
 
 count = int(sys.argv[1])
 entries = ((b"class_%03d/some_photograph_%08d.jpg" % (n % 1000, n * 7919 % count), 90_000 + n % 50_000)
            for n in range(count))
-collector = Collector(in_containers=False)
-for name, size in in_order(entries):
-    collector.add(name, size)
-listing = labels.by_folder(collector.finish("/src", "flat", "/src", (), 0), "auto", 0, ())
-planned = plan(listing, Options())
+builder = ListingBuilder(in_containers=False)
+for name, size in sort_entries(entries):
+    builder.add(name, size)
+listing = labels.label_by_folder(builder.finish("/src", "flat", "/src", (), 0), "auto", 0, ())
+planned = make_plan(listing, Options())
 places = 0
-for number in range(0, planned.shards, 16):
-    places += len(_task(listing, out_folder("/out"), Options(), planned, number).sources)
+for number in range(0, planned.shard_count, 16):
+    places += len(make_task(listing, open_folder("/out"), Options(), planned, number).sources)
 assert len(listing) == count and len(listing.classes) == 1000 and places > count // 17
 # Not ru_maxrss, which a process inherits from the one that started it.
 print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) // 1024)
@@ -121,10 +122,10 @@ def peak_of(count: int) -> int:
 
 
 @pytest.mark.slow
-def test_ten_million_pictures_are_planned_in_a_gibibyte() -> None:
+def test_ten_million_images_are_planned_in_a_gibibyte() -> None:
     assert peak_of(10_000_000) < 1024
 
 
-def test_memory_grows_by_less_than_a_hundred_bytes_a_picture() -> None:
+def test_memory_grows_by_less_than_a_hundred_bytes_an_image() -> None:
     small, large = peak_of(1000), peak_of(400_000)
-    assert (large - small) * 2**20 < 250 * 400_000  # a list of names alone takes 100 bytes a picture; sorting holds it
+    assert (large - small) * 2**20 < 250 * 400_000  # a list of names alone takes 100 bytes an image; sorting holds it

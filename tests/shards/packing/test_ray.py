@@ -116,9 +116,9 @@ print([number for number, _ in results], len({node for _, node in results}), hea
     assert printed(code, tmp_path, cluster) == "[0, 1, 2, 3, 4, 5] 2 60 True\n"
 
 
-def test_a_picture_over_the_limit_is_killed_and_condemned(cluster: dict[str, str], tmp_path: Path) -> None:
+def test_an_image_over_the_limit_is_killed_and_condemned(cluster: dict[str, str], tmp_path: Path) -> None:
     code = """
-tasks = [test_workers.Pictures(("good", kind, "good", kind)) for kind in ("good", "holds")]
+tasks = [test_workers.Images(("good", kind, "good", kind)) for kind in ("good", "holds")]
 print(run_tasks(test_workers.judge, tasks.__getitem__, 2, 2, nothing, test_workers.condemn))
 """
     judged = [["good", "good", "good", "good"], ["good", "-", "good", "-"]]
@@ -130,11 +130,11 @@ def test_the_first_exception_stops_the_others_and_no_more_tasks_are_made(
 ) -> None:
     code = """
 made = []
-def task_of(number):
+def make_task(number):
     made.append(number)
     return number, folder
 try:
-    run_tasks(test_workers.fail_first, task_of, 10**6, 2, nothing)
+    run_tasks(test_workers.fail_first, make_task, 10**6, 2, nothing)
 finally:
     print(made, (folder / "stopped").exists())
 """
@@ -175,7 +175,7 @@ def test_a_killed_worker_is_an_error_of_the_user(
 def test_nodes_without_the_package_are_named(cluster: dict[str, str], tmp_path: Path) -> None:
     code = "run_tasks(test_workers.square, int, 2, 2, nothing)"
     output = printed(code, tmp_path, {**cluster, "PYTHONPATH": str(ROOT)}, cwd=tmp_path)
-    assert output.startswith("UserError: Ray could not run a task (System error: No module named 'tests'); see that")
+    assert output.startswith("UserError: Ray could not run a task (System error: No module named 'tests'). Check that")
     assert output.count("\n") == 1
 
 
@@ -218,11 +218,13 @@ def test_an_address_where_nobody_answers_is_said_at_once(tmp_path: Path) -> None
     began = time.monotonic()
     code = "run_tasks(test_workers.square, int, 2, 2, nothing)"
     output = printed(code, tmp_path, {"RAY_ADDRESS": "127.0.0.1:1"})
-    assert output == "UserError: RAY_ADDRESS=127.0.0.1:1: Connection refused; start the cluster, or mend or unset it\n"
+    assert (
+        output == "UserError: RAY_ADDRESS=127.0.0.1:1: Connection refused. Start the cluster, or correct or unset it.\n"
+    )
     assert time.monotonic() - began < 10
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UserError, match=r'pip install -e "\.\[ray\]"'):
-        ray_engine.run_tasks(place, int, 2, 2, lambda pictures: None)
+        ray_engine.run_tasks(place, int, 2, 2, lambda images: None)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.shards.archives import slow_pictures
+from tests.shards.archives import make_slow_images
 from tests.shards.s3 import s3_server
 
 pytest.importorskip("ray")
@@ -100,7 +100,7 @@ def joined(cluster: dict[str, str], mark: str, monkeypatch: pytest.MonkeyPatch) 
 
 
 def odd(tree: Path) -> Path:
-    """A tree with pictures that do not decode, a duplicate, and one of 40 bytes that takes a second of CPU time."""
+    """A tree with images that do not decode, a duplicate, and one of 40 bytes that takes a second of CPU time."""
     shutil.copy(tree / "cat" / "deep" / "0.jpg", tree / "cat" / "again.jpg")
     Image.new("RGB", (10_000, 10_000)).save(tree / "dog" / "long.webp", lossless=True, method=0, quality=0)
     return tree
@@ -120,7 +120,7 @@ def started(source: Path, out: Path) -> subprocess.Popen[str]:
 def lines(run: subprocess.CompletedProcess[str]) -> list[str]:
     """What a run printed that went well, but for the place and the time that it took."""
     assert run.returncode == 0, run
-    assert not re.sub(r"packing: .* pictures, .* img/s.*\n", "", run.stderr)  # its own, every ten seconds
+    assert not re.sub(r"packing: .* images, .* img/s.*\n", "", run.stderr)  # its own, every ten seconds
     return [re.sub(r"\S*/(local|ray)\b", "OUT", line) for line in run.stdout.splitlines() if "img/s" not in line]
 
 
@@ -136,13 +136,13 @@ def complaint(run: subprocess.CompletedProcess[str]) -> str:
 def test_the_bytes_are_those_of_one_local_worker(
     command: Command, tree: Path, tmp_path: Path, mark: str, contents: Contents
 ) -> None:
-    options = (*OPTIONS, "--picture-seconds", 0.25)
+    options = (*OPTIONS, "--image-seconds", 0.25)
     local = command("pack", odd(tree), tmp_path / "local", *options, "--workers", 1)
     on_ray = command("pack", tree, tmp_path / "ray", *options, *RAY)
     assert lines(on_ray) == lines(local)
     packed = contents(tmp_path / "ray")
     assert packed == contents(tmp_path / "local")
-    assert b"dog/long.webp,takes more than 0.25 s of CPU time (--picture-seconds)" in packed["rejected.csv"]
+    assert b"dog/long.webp,takes more than 0.25 s of CPU time (--image-seconds)" in packed["rejected.csv"]
     assert packed["rejected.csv"].count(b"\n") == 6
     assert packed["duplicates.csv"].count(b"\n") == 2
     assert sum(name.endswith(".tar") for name in packed) > 3
@@ -152,8 +152,8 @@ def test_the_bytes_are_those_of_one_local_worker(
 def test_a_cluster_that_was_started_before_is_joined(
     command: Command, tree: Path, tmp_path: Path, joined: str, contents: Contents
 ) -> None:
-    command("pack", odd(tree), tmp_path / "local", *OPTIONS, "--picture-seconds", 0.25, "--workers", 1)
-    lines(command("pack", tree, tmp_path / "ray", *OPTIONS, "--picture-seconds", 0.25, *RAY))
+    command("pack", odd(tree), tmp_path / "local", *OPTIONS, "--image-seconds", 0.25, "--workers", 1)
+    lines(command("pack", tree, tmp_path / "ray", *OPTIONS, "--image-seconds", 0.25, *RAY))
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
     assert any(b"raylet" in line for line in marked(joined))  # it is still up
 
@@ -166,7 +166,7 @@ def test_a_source_that_cannot_be_read_is_one_line_and_the_same_command_goes_on(
     secret.rename(tmp_path / "hidden")
     secret.symlink_to("/proc/self/mem")  # listed as a file of 0 bytes, and reading it fails even for root
     line = complaint(command("pack", tree, tmp_path / "ray", *OPTIONS, *RAY))
-    assert f"cannot read {secret}: Input/output error; make it readable" in line
+    assert f"cannot read {secret}: Input/output error. Make it readable" in line
     assert line == complaint(command("pack", tree, tmp_path / "local", *OPTIONS, "--workers", 1))
     assert not (tmp_path / "ray" / "manifest.json").exists()
     wait_until_none(joined, b"spawn_main")
@@ -182,7 +182,7 @@ def test_a_source_that_cannot_be_read_is_one_line_and_the_same_command_goes_on(
 def test_ctrl_c_ends_a_cluster_of_its_own(
     tmp_path: Path, mark: str, in_group: bool, command: Command, contents: Contents
 ) -> None:
-    source, out = slow_pictures(tmp_path / "src", 80, 3000), tmp_path / "ray"
+    source, out = make_slow_images(tmp_path / "src", 80, 3000), tmp_path / "ray"
     process = started(source, out)
     if in_group:
         os.killpg(process.pid, signal.SIGINT)
@@ -201,7 +201,7 @@ def test_ctrl_c_ends_a_cluster_of_its_own(
 
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_leaves_nothing_behind(tmp_path: Path, mark: str) -> None:
-    source = slow_pictures(tmp_path / "src", 200, 3000)
+    source = make_slow_images(tmp_path / "src", 200, 3000)
     call = [sys.executable, "-m", "shards", "pack", str(source), str(tmp_path / "ray"), "--shard-size", "8kB", *RAY]
     pipe = subprocess.PIPE
     for tenths in range(8, 48, 4):  # while Ray starts, too
@@ -215,7 +215,7 @@ def test_ctrl_c_at_any_moment_leaves_nothing_behind(tmp_path: Path, mark: str) -
 
 @pytest.mark.slow
 def test_ctrl_c_leaves_a_cluster_that_was_started_before_as_it_was(tmp_path: Path, joined: str, mark: str) -> None:
-    source, out = slow_pictures(tmp_path / "src", 80, 3000), tmp_path / "ray"
+    source, out = make_slow_images(tmp_path / "src", 80, 3000), tmp_path / "ray"
     for _ in range(5):  # Ray may abort a process that cancels a task which ends at that moment
         process = started(source, out)
         os.killpg(process.pid, signal.SIGINT)
@@ -231,7 +231,7 @@ def test_ctrl_c_leaves_a_cluster_that_was_started_before_as_it_was(tmp_path: Pat
 def test_a_killed_packing_goes_on_to_the_same_bytes(
     tmp_path: Path, mark: str, command: Command, contents: Contents
 ) -> None:
-    source, out = slow_pictures(tmp_path / "src", 80, 3000), tmp_path / "ray"
+    source, out = make_slow_images(tmp_path / "src", 80, 3000), tmp_path / "ray"
     process = started(source, out)
     process.kill()
     process.communicate()
@@ -272,7 +272,7 @@ def test_a_temporary_folder_with_a_long_path_is_one_line(
     monkeypatch.setenv("TMPDIR", str(tmp_path / ("x" * 100)))
     line = complaint(command("pack", tree_once, tmp_path / "ray", *RAY))
     assert "cannot join a Ray cluster: " in line
-    assert "a TMPDIR with a short path" in line
+    assert "that TMPDIR has a short path" in line
 
 
 def test_an_address_where_nobody_answers_is_one_line(
@@ -280,7 +280,7 @@ def test_an_address_where_nobody_answers_is_one_line(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     line = complaint(command("pack", tree_once, tmp_path / "ray", *RAY))
-    assert "RAY_ADDRESS=127.0.0.1:1: Connection refused; start the cluster, or mend or unset it" in line
+    assert "RAY_ADDRESS=127.0.0.1:1: Connection refused. Start the cluster, or correct or unset it." in line
 
 
 def test_without_ray_it_says_what_to_install(tree_once: Path, tmp_path: Path) -> None:
@@ -288,4 +288,6 @@ def test_without_ray_it_says_what_to_install(tree_once: Path, tmp_path: Path) ->
     call = [sys.executable, "-c", code, "pack", str(tree_once), str(tmp_path / "ray"), *RAY]
     run = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert run.returncode == 1
-    assert run.stderr == 'make-shards: Ray is not installed; pip install -e ".[ray]", or use --engine local\n'
+    assert run.stderr == (
+        "make-shards: Ray is not installed. Install it with 'pip install -e \".[ray]\"', or use --engine local.\n"
+    )

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from shards.errors import UserError
-from shards.packing.pack import Options, plan
+from shards.packing.plan import Options, make_plan
 from shards.sources.scan import scan
 from tests.shards.packing_helpers import pack_tree
 
@@ -25,7 +25,7 @@ OPTIONS = Options(seed=3, shard_size=400_000)
 
 
 def many(root: Path, count: int) -> Path:
-    """Class folders with pictures that take a while to decode: few bytes, many pixels."""
+    """Class folders with images that take a while to decode: few bytes, many pixels."""
     for number in range(count):
         folder = root / f"class{number % 3}"
         folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ def test_killed_once_while_writing(tmp_path: Path, contents: Contents) -> None:
     }
     assert finished
     packed = pack_tree(source, out, OPTIONS, 2)
-    assert packed.kept >= len(finished)
+    assert packed.kept_shards >= len(finished)
     assert all(path.stat().st_ino == inode for path, inode in finished.items())  # kept, not written again
     pack_tree(source, tmp_path / "whole", OPTIONS, 1)
     assert contents(out) == contents(tmp_path / "whole")
@@ -112,14 +112,14 @@ def test_only_damaged_shards_are_done_again(tree: Path, tmp_path: Path, contents
     tars[2].unlink()
     (out / ".parts" / "train-000003.tar.1.tmp").write_bytes(b"left by a killed worker")
     packed = pack_tree(tree, out, options, 2)
-    planned = plan(scan(tree, "auto", tmp_path / "none"), options)
-    assert packed.kept == planned.shards - 3
+    planned = make_plan(scan(tree, "auto", tmp_path / "none"), options)
+    assert packed.kept_shards == planned.shard_count - 3
     assert contents(out) == contents(tmp_path / "whole")
 
 
 def stop_before_the_index(tree: Path, out: Path, options: Options) -> None:
     """All shards and parts, but neither index nor manifest: a folder lies where the index should come to lie."""
-    planned = plan(scan(tree, "auto", tree.parent / "none"), options)
+    planned = make_plan(scan(tree, "auto", tree.parent / "none"), options)
     (out / ".parts").mkdir(parents=True)
     (out / ".parts" / "plan.json").write_text(json.dumps({"fingerprint": planned.fingerprint}))
     (out / "index.npy").mkdir()
@@ -142,7 +142,7 @@ def test_a_killed_worker_ends_the_run_in_one_line(tmp_path: Path) -> None:
     os.kill(children_at_work(process, out)[-1], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.startswith(b"make-shards: a worker process died, perhaps for want of memory; run the same command")
+    assert errors.startswith(b"make-shards: a worker process died, perhaps from lack of memory. Run the same command")
     assert errors.count(b"\n") == 1
     finish(source, out)
 

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple, NoReturn
 import pytest
 
 from shards.errors import UserError
-from shards.packing.workers import StoppedError, Tick, cpu_limit, run_tasks
+from shards.images.cpu_time import limit_cpu_time
+from shards.packing.workers import StoppedError, Tick, run_tasks
 
 ROOT = Path(__file__).resolve().parents[3]
-LIMIT = 0.3  # CPU seconds a picture
+LIMIT = 0.3  # CPU seconds an image
 
 
-def nothing(pictures: int) -> None:
+def nothing(images: int) -> None:
     """A progress that nobody looks at."""
 
 
@@ -46,7 +47,7 @@ def test_results_come_in_the_order_of_the_tasks(count: int, workers: int) -> Non
 
 def test_no_more_workers_than_tasks() -> None:
     alive = []
-    run_tasks(square, int, 1, 3, lambda pictures: alive.append(len(multiprocessing.active_children())))
+    run_tasks(square, int, 1, 3, lambda images: alive.append(len(multiprocessing.active_children())))
     assert set(alive) == {1}
 
 
@@ -57,7 +58,7 @@ def count_slowly(task: int, tick: Tick) -> None:
     tick(task)
 
 
-def test_progress_rises_to_all_pictures() -> None:
+def test_progress_rises_to_all_images() -> None:
     heard: list[int] = []
     run_tasks(count_slowly, lambda number: [30, 5, 40][number], 3, 2, heard.append)
     assert heard == sorted(heard)
@@ -128,13 +129,13 @@ def fail_first(task: tuple[int, Path], tick: Tick) -> None:
 def test_the_first_exception_stops_the_others_and_no_more_tasks_are_made(tmp_path: Path) -> None:
     made = []
 
-    def task_of(number: int) -> tuple[int, Path]:
+    def make_task(number: int) -> tuple[int, Path]:
         made.append(number)
         return number, tmp_path
 
     began = time.monotonic()
     with pytest.raises(UserError, match=r"^no$"):
-        run_tasks(fail_first, task_of, 10**6, 2, nothing)
+        run_tasks(fail_first, make_task, 10**6, 2, nothing)
     assert time.monotonic() - began < 5
     assert made == [0, 1]
     assert (tmp_path / "stopped").exists()
@@ -154,7 +155,7 @@ def test_a_stuck_worker_does_not_hold_up_a_failure() -> None:
 
 
 def test_an_exception_in_the_parent_ends_the_workers() -> None:
-    def progress(pictures: int) -> NoReturn:
+    def progress(images: int) -> NoReturn:
         raise OSError("no terminal")
 
     with pytest.raises(OSError, match="no terminal"):
@@ -177,33 +178,33 @@ def die(task: int, tick: Tick) -> None:
 
 
 def test_a_killed_worker_is_an_error_of_the_user() -> None:
-    with pytest.raises(UserError, match=r"a worker process died, perhaps for want of memory.*--workers"):
+    with pytest.raises(UserError, match=r"a worker process died, perhaps from lack of memory.*--workers"):
         run_tasks(die, int, 4, 2, nothing, lambda task, place: pytest.fail("nothing overran"))
 
 
 # The time limit
 
 
-class Pictures(NamedTuple):
-    """A task for `judge`: what is done for each of its pictures."""
+class Images(NamedTuple):
+    """A task for `judge`: what is done for each of its images."""
 
     kinds: tuple[str, ...]
     condemned: tuple[int, ...] = ()
 
 
-def condemn(task: Pictures, place: int) -> Pictures:
+def condemn(task: Images, place: int) -> Images:
     return task._replace(condemned=(*task.condemned, place))
 
 
-def judge(task: Pictures, tick: Tick) -> list[str]:
-    """The pictures that were judged; "-" for a condemned one."""
+def judge(task: Images, tick: Tick) -> list[str]:
+    """The images that were judged; "-" for a condemned one."""
     judged = []
     for place, kind in enumerate(task.kinds):
         tick(place)
         if place in task.condemned:
             judged.append("-")
             continue
-        with cpu_limit(LIMIT):
+        with limit_cpu_time(LIMIT):
             WORK[kind]()
         judged.append(kind)
     tick(len(task.kinds))
@@ -226,12 +227,12 @@ WORK: dict[str, Callable[[], Any]] = {
 
 
 @pytest.mark.parametrize("bomb", ["holds", "lets go"])
-def test_a_picture_over_the_limit_is_killed_and_condemned_and_no_other(bomb: str) -> None:
-    good = Pictures(("good",) * 5)
-    tasks = [good, Pictures(("good", "good", bomb, "good", bomb)), good, Pictures((bomb,))]
+def test_an_image_over_the_limit_is_killed_and_condemned_and_no_other(bomb: str) -> None:
+    good = Images(("good",) * 5)
+    tasks = [good, Images(("good", "good", bomb, "good", bomb)), good, Images((bomb,))]
     overrun = []
 
-    def condemned(task: Pictures, place: int) -> Pictures:
+    def condemned(task: Images, place: int) -> Images:
         overrun.append((tasks.index(task._replace(condemned=())), place))
         return condemn(task, place)
 
@@ -248,39 +249,39 @@ def cpu_of_children() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def test_the_limit_is_cpu_time_of_one_picture() -> None:
+def test_the_limit_is_cpu_time_of_one_image() -> None:
     """One that waits is no bomb, nor are many that together take longer than the limit."""
-    task = Pictures(("asleep", "slow", "slow", "slow", "slow"))
+    task = Images(("asleep", "slow", "slow", "slow", "slow"))
     judged = run_tasks(judge, lambda number: task, 1, 1, nothing, lambda task, place: pytest.fail("nothing overran"))
     assert judged == [list(task.kinds)]
 
 
 def outside(task: float | None, tick: Tick) -> str:
-    """Takes longer than the limit after a picture, with an exception in it, or in one without a limit."""
+    """Takes longer than the limit after an image, with an exception in it, or in one without a limit."""
     try:
-        with cpu_limit(task):
+        with limit_cpu_time(task):
             raise ValueError
     except ValueError:
         burn(2 * LIMIT)
-    with cpu_limit(None):
+    with limit_cpu_time(None):
         burn(2 * LIMIT)
     return "lives"
 
 
-def test_the_limit_ends_with_the_picture() -> None:
+def test_the_limit_ends_with_the_image() -> None:
     assert run_tasks(outside, lambda number: LIMIT, 1, 1, nothing) == ["lives"]
 
 
 def test_an_overrun_that_nobody_expects_is_a_died_worker() -> None:
     with pytest.raises(UserError, match="a worker process died"):
-        run_tasks(judge, lambda number: Pictures(("holds",)), 1, 1, nothing)
+        run_tasks(judge, lambda number: Images(("holds",)), 1, 1, nothing)
 
 
 def test_a_caller_that_ignores_or_blocks_the_signal_does_not_lift_the_limit() -> None:
     before = signal.signal(signal.SIGPROF, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
     try:
-        judged = run_tasks(judge, lambda number: Pictures(("holds",)), 1, 1, nothing, condemn)
+        judged = run_tasks(judge, lambda number: Images(("holds",)), 1, 1, nothing, condemn)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
         signal.signal(signal.SIGPROF, before)
@@ -309,7 +310,7 @@ from shards.packing.workers import run_tasks
 from {__name__} import {function}
 print("up", flush=True)
 try:
-    run_tasks({function}, lambda number: pathlib.Path(sys.argv[1]), 2, 2, lambda pictures: None)
+    run_tasks({function}, lambda number: pathlib.Path(sys.argv[1]), 2, 2, lambda images: None)
 except KeyboardInterrupt:
     print("interrupted", file=sys.stderr)
     sys.exit(130)
@@ -396,7 +397,7 @@ def test_a_second_ctrl_c_kills_at_once(tmp_path: Path) -> None:
 
 
 def test_memory_is_flat_in_the_number_of_tasks() -> None:
-    """Tasks and pictures of 1 MB by the hundred; the peak is of a process that does nothing else."""
+    """Tasks and images of 1 MB by the hundred; the peak is of a process that does nothing else."""
     code = f"""
 import pathlib
 from shards.packing.workers import run_tasks

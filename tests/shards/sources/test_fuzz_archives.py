@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Iterator
 import pytest
 
 from shards.errors import UserError
-from shards.layout import BLOCK, TAR_END, padding
-from shards.sources import tars, zips
+from shards.layout import BLOCK, TAR_END, make_padding
+from shards.sources import tars, webdataset, zips
 
 MUTANTS = 300
 MORE_MUTANTS = 2_000
@@ -119,7 +119,7 @@ def forge_extension(draws: random.Random, data: bytearray) -> None:
     info = tarfile.TarInfo("forged")
     info.type = draws.choice([tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK])
     info.size = draws.choice([len(record), len(record), 8 << 30, 0, len(record) // 2])
-    whole = info.tobuf(tarfile.GNU_FORMAT) + record + padding(len(record))
+    whole = info.tobuf(tarfile.GNU_FORMAT) + record + make_padding(len(record))
     at = draws.choice(headers(data) or [0])
     data[at:at] = whole * draws.choice([1, 1, 2, 300])
 
@@ -134,7 +134,7 @@ def mutant(draws: random.Random, whole: list[bytes], mutations: list[Mutation]) 
     return bytes(data)
 
 
-def refusal(error: Exception, start: str) -> str:
+def refusal(error: Exception, start: str | tuple[str, ...]) -> str:
     assert str(error).startswith(start)
     assert "\n" not in str(error)
     return "refused"
@@ -142,28 +142,28 @@ def refusal(error: Exception, start: str) -> str:
 
 def read_tar(data: bytes) -> str:
     """What became of it."""
-    for of in (tars.members, tars.nested):
+    for of in (tars.list_members, tars.list_nested_members):
         outcome, found = "whole", []
         try:
             for member in of(io.BytesIO(data), "x.tar"):
                 found.append(member)
         except UserError as error:
-            outcome = refusal(error, "x.tar: ")
+            outcome = refusal(error, ("x.tar: ", "x.tar, member '"))
         assert all(BLOCK <= member.offset <= member.offset + member.size <= len(data) for member in found)
-        groups = list(tars.samples(found))
-        assert sum(group.picture is not None for group in groups) <= len(found)
+        groups = list(webdataset.group_samples(found))
+        assert sum(group.image is not None for group in groups) <= len(found)
     return outcome
 
 
 def read_zip(data: bytes) -> str:
     try:
-        found = list(zips.members(io.BytesIO(data), "x.zip"))
+        found = list(zips.list_members(io.BytesIO(data), "x.zip"))
     except UserError as error:
         return refusal(error, "x.zip")
     outcome = "whole"
     for member in found:
         try:
-            assert len(zips.payload(lambda offset, size: data[offset : offset + size], *member[1:])) == member.size
+            assert len(zips.read_member(lambda offset, size: data[offset : offset + size], *member[1:])) == member.size
         except zips.DamagedError as error:
             refusal(error, "damaged in the zip: ")
             outcome = "partly"

@@ -13,24 +13,24 @@ from typing import Any
 import pytest
 
 from shards.errors import UserError
-from shards.sources.parquet import label_column, to_tar
+from shards.sources.parquet import convert_to_tar, find_label_column
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
 
 ROOT = Path(__file__).resolve().parents[3]
 IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-PICTURES = [os.urandom(number * 97 % 2000 + 1) for number in range(250)]
+IMAGES = [os.urandom(number * 97 % 2000 + 1) for number in range(250)]
 
 
 def class_names(source: io.BytesIO, name: str) -> tuple[str, ...] | None:
     """The names of the label column, if there are a column and names."""
-    label = label_column(source, name)
+    label = find_label_column(source, name)
     return label.names if label else None
 
 
-def rows_of(pictures: list[bytes]) -> Any:
-    return pa.array([{"bytes": data, "path": f"{n}.jpg"} for n, data in enumerate(pictures)], IMAGE)
+def rows_of(images: list[bytes]) -> Any:
+    return pa.array([{"bytes": data, "path": f"{n}.jpg"} for n, data in enumerate(images)], IMAGE)
 
 
 def features(**columns: dict[str, Any]) -> dict[bytes, bytes]:
@@ -46,18 +46,18 @@ def parquet_of(columns: dict[str, Any], metadata: dict[bytes, bytes] | None = No
 
 def tar_of(data: bytes) -> bytes:
     target = io.BytesIO()
-    to_tar(io.BytesIO(data), "x.parquet", target, lambda rows: None)
+    convert_to_tar(io.BytesIO(data), "x.parquet", target, lambda rows: None)
     return target.getvalue()
 
 
 def samples(data: bytes) -> list[tuple[bytes, str | None]]:
-    """Picture and label of each row, as tarfile reads what was written."""
+    """Image and label of each row, as tarfile reads what was written."""
     with tarfile.open(fileobj=io.BytesIO(tar_of(data)), mode="r:") as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     count = sum(name.endswith(".jpg") for name in files)
     found = [(files.pop(f"{row:09d}.jpg"), files.pop(f"{row:09d}.cls", None)) for row in range(count)]
     assert not files
-    return [(picture, None if label is None else label.decode()) for picture, label in found]
+    return [(image, None if label is None else label.decode()) for image, label in found]
 
 
 def refused(data: bytes, message: str) -> None:
@@ -75,14 +75,14 @@ CLASSES = {"_type": "ClassLabel", "names": ["cat", "süßer Hund", "n01440764"]}
 )
 def test_rows_become_samples_in_order(options: dict[str, Any]) -> None:
     labels = [row % 3 for row in range(250)]
-    data = parquet_of({"image": rows_of(PICTURES), "label": labels}, features(label=CLASSES), **options)
+    data = parquet_of({"image": rows_of(IMAGES), "label": labels}, features(label=CLASSES), **options)
     assert pq.ParquetFile(io.BytesIO(data)).num_row_groups == 3
-    assert samples(data) == [(picture, str(label)) for picture, label in zip(PICTURES, labels, strict=True)]
+    assert samples(data) == [(image, str(label)) for image, label in zip(IMAGES, labels, strict=True)]
     assert class_names(io.BytesIO(data), "x") == ("cat", "süßer Hund", "n01440764")
 
 
 def test_written_tar_is_webdataset_in_ustar() -> None:
-    data = tar_of(parquet_of({"image": rows_of(PICTURES[:2]), "label": [7, 8]}))
+    data = tar_of(parquet_of({"image": rows_of(IMAGES[:2]), "label": [7, 8]}))
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
         assert [info.name for info in tar] == ["000000000.jpg", "000000000.cls", "000000001.jpg", "000000001.cls"]
         assert tar.pax_headers == {}
@@ -91,15 +91,15 @@ def test_written_tar_is_webdataset_in_ustar() -> None:
 
 
 def test_source_stays_open_and_progress_is_heard() -> None:
-    source, heard = io.BytesIO(parquet_of({"image": rows_of(PICTURES)})), []
-    to_tar(source, "x", io.BytesIO(), heard.append)
+    source, heard = io.BytesIO(parquet_of({"image": rows_of(IMAGES)})), []
+    convert_to_tar(source, "x", io.BytesIO(), heard.append)
     assert not source.closed
     assert heard == sorted(heard)
-    assert heard[-1] == len(PICTURES)
+    assert heard[-1] == len(IMAGES)
     assert len(heard) >= 250 // 32
 
 
-def test_rows_without_picture_are_empty_members() -> None:
+def test_rows_without_image_are_empty_members() -> None:
     values = [None, {"bytes": None, "path": "a.jpg"}, {"bytes": b"", "path": None}, {"bytes": b"x", "path": None}]
     assert samples(parquet_of({"image": pa.array(values, IMAGE)})) == [(b"", None)] * 3 + [(b"x", None)]
 
@@ -118,17 +118,17 @@ def test_rows_without_picture_are_empty_members() -> None:
     ids=lambda value: str(getattr(value, "type", "")),
 )
 def test_labels_of_all_types(labels: Any, texts: list[str | None]) -> None:
-    data = parquet_of({"image": rows_of(PICTURES[:3]), "label": labels})
+    data = parquet_of({"image": rows_of(IMAGES[:3]), "label": labels})
     assert [label for _, label in samples(data)] == texts
 
 
 @pytest.mark.parametrize("labels", [[1.0, 2.0], [[1], [2]], [b"a", b"b"]])
 def test_labels_of_other_types_are_refused(labels: list[Any]) -> None:
-    refused(parquet_of({"image": rows_of(PICTURES[:2]), "label": labels}), "^x.parquet: column 'label' holds ")
+    refused(parquet_of({"image": rows_of(IMAGES[:2]), "label": labels}), "^x.parquet: column 'label' holds ")
 
 
 def test_the_only_other_class_label_is_the_label() -> None:
-    columns = {"image": rows_of(PICTURES[:2]), "id": [5, 6], "breed": [1, 0]}
+    columns = {"image": rows_of(IMAGES[:2]), "id": [5, 6], "breed": [1, 0]}
     breed = features(breed=CLASSES, id={"_type": "Value", "dtype": "int64"}, image={"_type": "Image"})
     assert [label for _, label in samples(parquet_of(columns, breed))] == ["1", "0"]
     assert class_names(io.BytesIO(parquet_of(columns, breed)), "x") == ("cat", "süßer Hund", "n01440764")
@@ -154,7 +154,7 @@ def test_the_only_other_class_label_is_the_label() -> None:
     ],
 )
 def test_no_class_names_without_metadata(metadata: dict[bytes, bytes] | None) -> None:
-    data = parquet_of({"image": rows_of(PICTURES[:2]), "label": [4, 5]}, metadata)
+    data = parquet_of({"image": rows_of(IMAGES[:2]), "label": [4, 5]}, metadata)
     assert class_names(io.BytesIO(data), "x") is None
     assert [label for _, label in samples(data)] == ["4", "5"]
 
@@ -162,49 +162,49 @@ def test_no_class_names_without_metadata(metadata: dict[bytes, bytes] | None) ->
 @pytest.mark.parametrize(
     "columns",
     [
-        {"picture": rows_of(PICTURES[:2]), "id": [1, 2]},
-        {"image": rows_of(PICTURES[:2]), "mask": rows_of(PICTURES[2:4])},
-        {"image": PICTURES[:2], "other": PICTURES[2:4]},
-        {"jpg": pa.array(PICTURES[:2], pa.large_binary()), "other": PICTURES[2:4]},
-        {"jpg": PICTURES[2:4], "photo": rows_of(PICTURES[:2])},
-        {"a.b": rows_of(PICTURES[:2]), "a": [1, 2]},
+        {"image": rows_of(IMAGES[:2]), "id": [1, 2]},
+        {"image": rows_of(IMAGES[:2]), "mask": rows_of(IMAGES[2:4])},
+        {"image": IMAGES[:2], "other": IMAGES[2:4]},
+        {"jpg": pa.array(IMAGES[:2], pa.large_binary()), "other": IMAGES[2:4]},
+        {"jpg": IMAGES[2:4], "photo": rows_of(IMAGES[:2])},
+        {"a.b": rows_of(IMAGES[:2]), "a": [1, 2]},
     ],
 )
-def test_column_of_the_pictures(columns: dict[str, Any]) -> None:
-    assert [picture for picture, _ in samples(parquet_of(columns))] == PICTURES[:2]
+def test_column_of_the_images(columns: dict[str, Any]) -> None:
+    assert [image for image, _ in samples(parquet_of(columns))] == IMAGES[:2]
 
 
 def test_ambiguous_and_missing_columns_are_named() -> None:
-    rows = rows_of(PICTURES[:2])
+    rows = rows_of(IMAGES[:2])
     refused(
         parquet_of({"left": rows, "right": rows, "id": [1, 2]}),
-        r"^x\.parquet: several columns may hold the pictures \('left', 'right'\); call the right one 'image'$",
+        r"^x\.parquet: several columns may hold the images \('left', 'right'\)\. Rename the right one to 'image'\.$",
     )
-    refused(parquet_of({"jpg": PICTURES[:2], "png": PICTURES[:2]}), r"several columns .*'jpg', 'png'")
+    refused(parquet_of({"jpg": IMAGES[:2], "png": IMAGES[:2]}), r"several columns .*'jpg', 'png'")
     refused(
-        parquet_of({"url": ["a", "b"], "data": PICTURES[:2]}),
-        r"^x\.parquet: no column holds pictures \('url', 'data'\); call the right one 'image'$",
+        parquet_of({"url": ["a", "b"], "data": IMAGES[:2]}),
+        r"^x\.parquet: no column holds images \('url', 'data'\)\. Rename the right one to 'image'\.$",
     )
 
 
-WHOLE = parquet_of({"image": rows_of(PICTURES), "label": [1] * 250}, features(label=CLASSES))
+WHOLE = parquet_of({"image": rows_of(IMAGES), "label": [1] * 250}, features(label=CLASSES))
 
 
 @pytest.mark.parametrize("data", [b"", b"PAR1", b"<html>" * 300, WHOLE[:5000], WHOLE[:-1], b"PAR1" * 10])
 def test_damaged_and_other_files(data: bytes) -> None:
-    refused(data, r"^x\.parquet is no parquet file, or damaged or cut off \(.*\); get it anew$")
+    refused(data, r"^x\.parquet is not a parquet file, or is damaged or cut off \(.*\)\. Download it again\.$")
 
 
 def test_flipped_bit_is_found_by_the_pages_checksum() -> None:
-    data = bytearray(parquet_of({"image": rows_of(PICTURES)}, compression="none", write_page_checksum=True))
-    data[data.index(PICTURES[200]) + 1] ^= 1
-    with pytest.raises(UserError, match=r"^x\.parquet is no parquet file, or damaged .*CRC"):
+    data = bytearray(parquet_of({"image": rows_of(IMAGES)}, compression="none", write_page_checksum=True))
+    data[data.index(IMAGES[200]) + 1] ^= 1
+    with pytest.raises(UserError, match=r"^x\.parquet is not a parquet file, or is damaged .*CRC"):
         tar_of(bytes(data))
 
 
 def test_table_without_its_beginning() -> None:
     assert class_names(io.BytesIO(WHOLE[100:]), "x") is not None  # it is at the end
-    with pytest.raises(UserError, match=r"^x\.parquet is no parquet file, or damaged"):
+    with pytest.raises(UserError, match=r"^x\.parquet is not a parquet file, or is damaged"):
         tar_of(WHOLE[100:])
 
 
@@ -217,9 +217,9 @@ def test_disk_errors_are_not_taken_for_damage() -> None:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="Input/output error"):
-        to_tar(Failing(WHOLE), "x", io.BytesIO(), lambda rows: None)
+        convert_to_tar(Failing(WHOLE), "x", io.BytesIO(), lambda rows: None)
     with pytest.raises(OSError, match="No space left"):
-        to_tar(io.BytesIO(WHOLE), "x", Failing(), lambda rows: None)
+        convert_to_tar(io.BytesIO(WHOLE), "x", Failing(), lambda rows: None)
 
 
 def test_without_pyarrow_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +231,7 @@ def test_without_pyarrow_the_mend_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         return whole_import(name, *rest)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    refused(WHOLE, r"^x\.parquet: reading parquet needs pyarrow; pip install pyarrow$")
+    refused(WHOLE, r"^x\.parquet: reading parquet needs pyarrow\. Install it with 'pip install pyarrow'\.$")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
@@ -245,10 +245,10 @@ def test_memory_is_that_of_a_few_rows(tmp_path: Path) -> None:
     assert path.stat().st_size > 160e6
     script = """
 import re, sys, pyarrow.parquet
-from shards.sources.parquet import to_tar
+from shards.sources.parquet import convert_to_tar
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
-to_tar(open(sys.argv[1], "rb"), "x", open("/dev/null", "wb"), lambda rows: None)
+convert_to_tar(open(sys.argv[1], "rb"), "x", open("/dev/null", "wb"), lambda rows: None)
 print(peak() - before)
 """
     done = subprocess.run([sys.executable, "-c", script, path], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from shards.errors import UserError
-from shards.sources import tree
+from shards.sources import folder_walk
 from shards.sources.listing import Listing
-from shards.sources.read_image import read
+from shards.sources.read_image import read_image
 from shards.sources.scan import scan
 from tests.shards.archives import tar_of, zip_of
 
@@ -32,18 +32,18 @@ def put(root: Path, *paths: str) -> None:
 
 
 def found(listing: Listing) -> list[tuple[str, str | None]]:
-    """(name, class or None) of every picture."""
+    """(name, class or None) of every image."""
     classes = [*listing.classes, None]
-    return [(listing.name(place), classes[label]) for place, label in enumerate(listing.labels.tolist())]
+    return [(listing.read_name(place), classes[label]) for place, label in enumerate(listing.labels.tolist())]
 
 
 def contents(listing: Listing) -> list[bytes]:
-    return [read(listing.source(place)) for place in range(len(listing))]
+    return [read_image(listing.get_source(place)) for place in range(len(listing))]
 
 
 def test_class_folders(tmp_path: Path, look: Callable[..., Listing]) -> None:
     put(tmp_path / "src", "b/2.JPG", "b/1.png", "a/x/y.WebP", "B/3.jfif", "a/notes.txt", "LICENSE", ".git/4.jpg")
-    (tmp_path / "src" / "c").mkdir()  # a class without pictures keeps its number: train and val then agree
+    (tmp_path / "src" / "c").mkdir()  # a class without images keeps its number: train and val then agree
     listing = look(tmp_path / "src")
     assert listing.classes == ("B", "a", "b", "c")
     assert found(listing) == [("B/3.jfif", "B"), ("a/x/y.WebP", "a"), ("b/1.png", "b"), ("b/2.JPG", "b")]
@@ -80,11 +80,11 @@ def test_order_is_by_bytes_and_names_need_not_be_text(tmp_path: Path, look: Call
 
 
 def test_runs_are_merged_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tree, "_RUN", 700)
-    monkeypatch.setattr(tree, "_BLOCK", 64)
+    monkeypatch.setattr(folder_walk, "_RUN", 700)
+    monkeypatch.setattr(folder_walk, "_BLOCK", 64)
     entries = [(b"%d" % (number * 7919 % 5003), number) for number in range(5003)]
-    assert list(tree.in_order(entries)) == sorted(entries)
-    assert list(tree.in_order(entries[:1400])) == sorted(entries[:1400])
+    assert list(folder_walk.sort_entries(entries)) == sorted(entries)
+    assert list(folder_walk.sort_entries(entries[:1400])) == sorted(entries[:1400])
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path, look: Callable[..., Listing]) -> None:
@@ -105,13 +105,13 @@ def test_dangling_link_is_not_passed_over(tmp_path: Path, look: Callable[..., Li
 
 def test_a_source_that_changed_stops_the_run(tmp_path: Path, look: Callable[..., Listing]) -> None:
     put(tmp_path / "src", "1.jpg")
-    source = look(tmp_path / "src").source(0)
+    source = look(tmp_path / "src").get_source(0)
     (tmp_path / "src" / "1.jpg").write_bytes(b"longer than before")
     with pytest.raises(UserError, match=r"1\.jpg changed"):
-        read(source)
+        read_image(source)
     (tmp_path / "src" / "1.jpg").unlink()
     with pytest.raises(UserError, match=r"cannot read .*1\.jpg"):
-        read(source)
+        read_image(source)
 
 
 @pytest.mark.parametrize("wrong", ["train val", "imagenet"])
@@ -144,7 +144,7 @@ def test_an_archive_of_class_folders(tmp_path: Path, look: Callable[..., Listing
     assert found(listing) == EXPECTED
     assert contents(listing) == [b"one", b"two" * 400]
     assert (listing.format, listing.classes, listing.ignored) == ("folders", ("a", "b"), 2)
-    assert found(look(tmp_path / name, "flat")) == [(picture, None) for picture, _ in EXPECTED]
+    assert found(look(tmp_path / name, "flat")) == [(image, None) for image, _ in EXPECTED]
 
 
 def test_an_archive_without_class_folders_has_no_labels(tmp_path: Path, look: Callable[..., Listing]) -> None:
@@ -154,31 +154,31 @@ def test_an_archive_without_class_folders_has_no_labels(tmp_path: Path, look: Ca
 
 
 SYNSETS = {name: {f"{name}_{n}.JPEG": f"{name} {n}".encode() for n in range(3)} for name in ("n02", "n01", "n03")}
-OF_SYNSETS = [(f"{name}/{picture}", name) for name, pictures in SYNSETS.items() for picture in pictures]
+OF_SYNSETS = [(f"{name}/{image}", name) for name, images in SYNSETS.items() for image in images]
 
 
 def test_ilsvrc_train_is_read_through_both_tars(tmp_path: Path, look: Callable[..., Listing]) -> None:
-    outer = tar_of({f"{name}.tar": tar_of(pictures) for name, pictures in SYNSETS.items()})
+    outer = tar_of({f"{name}.tar": tar_of(images) for name, images in SYNSETS.items()})
     (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(outer)
     listing = look(tmp_path / "ILSVRC2012_img_train.tar")
     assert found(listing) == OF_SYNSETS
     assert listing.classes == ("n01", "n02", "n03")
-    assert contents(listing) == [data for pictures in SYNSETS.values() for data in pictures.values()]
+    assert contents(listing) == [data for images in SYNSETS.values() for data in images.values()]
     assert not (tmp_path / "stage").exists()  # nothing is unpacked
 
 
 def test_a_folder_of_synset_tars_is_one_class_a_tar(tmp_path: Path, look: Callable[..., Listing]) -> None:
     (tmp_path / "train").mkdir()
-    for name, pictures in SYNSETS.items():
-        (tmp_path / "train" / f"{name}.tar").write_bytes(tar_of(pictures))
+    for name, images in SYNSETS.items():
+        (tmp_path / "train" / f"{name}.tar").write_bytes(tar_of(images))
     listing = look(tmp_path / "train")
     assert found(listing) == sorted(OF_SYNSETS)
-    assert read(listing.source(3)) == b"n02 0"
+    assert read_image(listing.get_source(3)) == b"n02 0"
 
 
 def samples(first: int, count: int, extension: str = "jpg", label: Callable[[int], bytes] = b"%d".__mod__) -> Files:
     pairs = ((f"{n:05d}.{extension}", f"{n:05d}.cls", n) for n in range(first, first + count))
-    return {name: data for picture, cls, n in pairs for name, data in ((picture, b"p%d" % n), (cls, label(n % 3)))}
+    return {name: data for image, cls, n in pairs for name, data in ((image, b"p%d" % n), (cls, label(n % 3)))}
 
 
 def test_webdataset_tars(tmp_path: Path, look: Callable[..., Listing]) -> None:
@@ -204,14 +204,14 @@ def test_webdataset_labels_may_be_names_json_or_absent(tmp_path: Path, look: Cal
 
 def test_webdataset_with_an_unreadable_label_names_the_sample(tmp_path: Path, look: Callable[..., Listing]) -> None:
     (tmp_path / "w.tar").write_bytes(tar_of({"a.jpg": b"", "a.json": b"{oh", "b.jpg": b"", "b.cls": b"1"}))
-    with pytest.raises(UserError, match=r"w\.tar: sample a: label unreadable"):
+    with pytest.raises(UserError, match=r"w\.tar: the label of sample a cannot be read"):
         look(tmp_path / "w.tar")
 
 
 def parquet_of(path: Path, labels: list[int | None], names: list[str] | None = None) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     tables = pytest.importorskip("pyarrow.parquet")
-    images = [{"bytes": b"picture %d" % n, "path": None} for n in range(len(labels))]
+    images = [{"bytes": b"image %d" % n, "path": None} for n in range(len(labels))]
     feature = {"_type": "ClassLabel", "names": names}
     metadata = {b"huggingface": json.dumps({"info": {"features": {"label": feature}}}).encode()} if names else None
     table = pyarrow.table({"image": images, "label": pyarrow.array(labels, pyarrow.int64())})
@@ -225,12 +225,12 @@ def test_parquet_of_a_hub(tmp_path: Path, look: Callable[..., Listing]) -> None:
     listing = look(tmp_path / "data")
     assert (listing.format, listing.classes) == ("parquet", ("x", "y", "z"))
     assert [label for _, label in found(listing)] == ["z", "x", None, "y", None] * 2
-    assert contents(listing) == [b"picture %d" % n for n in range(5)] * 2
+    assert contents(listing) == [b"image %d" % n for n in range(5)] * 2
     before = {path: path.stat().st_ino for path in (tmp_path / "stage").iterdir()}
     assert found(look(tmp_path / "data")) == found(listing)  # a restart finds what was staged
     assert {path: path.stat().st_ino for path in (tmp_path / "stage").iterdir()} == before
     parquet_of(tmp_path / "data" / "validation-00000-of-00001.parquet", [0], ["x", "y", "z"])
-    with pytest.raises(UserError, match=r"archives of train, val; .*'.*/data/\*train\*'"):
+    with pytest.raises(UserError, match=r"archives of train, val\. .*'.*/data/\*train\*'"):
         look(tmp_path / "data")
     assert len(look(f"{tmp_path}/data/train-*.parquet")) == 10
 
@@ -243,10 +243,10 @@ def test_parquet_without_names_numbers_its_classes(tmp_path: Path, look: Callabl
         look(tmp_path / "bad.parquet")
 
 
-def test_pictures_beside_archives_are_refused_until_told_which(tmp_path: Path, look: Callable[..., Listing]) -> None:
+def test_images_beside_archives_are_refused_until_told_which(tmp_path: Path, look: Callable[..., Listing]) -> None:
     put(tmp_path / "src", "1.jpg")
     (tmp_path / "src" / "w.tar").write_bytes(tar_of(samples(0, 2)))
-    with pytest.raises(UserError, match=r"1 pictures and 1 archives \(w\.tar, …\); say which with --format"):
+    with pytest.raises(UserError, match=r"1 images and 1 archives \(w\.tar, …\)\. Say which to pack: with --format"):
         look(tmp_path / "src")
     assert found(look(tmp_path / "src", "flat")) == [("1.jpg", None)]
     assert len(look(tmp_path / "src", "webdataset")) == 2
@@ -256,19 +256,19 @@ def test_archives_of_several_kinds_are_refused(tmp_path: Path, look: Callable[..
     (tmp_path / "src").mkdir()
     (tmp_path / "src" / "w.tar").write_bytes(tar_of(samples(0, 2)))
     (tmp_path / "src" / "x.zip").write_bytes(zip_of(IN_CLASSES))
-    with pytest.raises(UserError, match=r"w\.tar is tar, .*x\.zip is zip"):
+    with pytest.raises(UserError, match=r"w\.tar is a tar file, .*x\.zip is a zip file"):
         look(tmp_path / "src")
 
 
 def test_archives_that_are_none(tmp_path: Path, look: Callable[..., Listing]) -> None:
     (tmp_path / "text.tar").write_text("<html>not found</html>")
-    with pytest.raises(UserError, match=r"text\.tar: neither tar, zip nor parquet"):
+    with pytest.raises(UserError, match=r"text\.tar is not a tar, zip or parquet file"):
         look(tmp_path / "text.tar")
     (tmp_path / "cut.tar").write_bytes(tar_of(IN_CLASSES)[:1800])
     with pytest.raises(UserError, match=r"cut\.tar"):
         look(tmp_path / "cut.tar")
     (tmp_path / "empty.zip").write_bytes(zip_of({"notes.txt": b""}))
-    with pytest.raises(UserError, match=r"empty\.zip: no pictures"):
+    with pytest.raises(UserError, match=r"empty\.zip: no images"):
         look(tmp_path / "empty.zip")
     with pytest.raises(UserError, match="no such folder or file"):
         look(tmp_path / "train-*.tar")
@@ -284,7 +284,7 @@ def test_numbered_tables_are_one_set_and_splits_in_folders_are_not(
             parquet_of(tmp_path / "default" / split / f"{number:04d}.parquet", [0, 1], ["x", "y"])
     listing = look(tmp_path / "default" / "train")
     assert [name for name, _ in found(listing)] == [f"000{n}/{row:09d}.jpg" for n in range(2) for row in range(2)]
-    with pytest.raises(UserError, match=r"archives of test, train; .*give .*/default/test;"):
+    with pytest.raises(UserError, match=r"archives of test, train\. .*give .*/default/test\."):
         look(tmp_path / "default")
     listing = look(tmp_path / "default", "parquet")  # asked for: names tell them apart
     assert len({name for name, _ in found(listing)}) == 8
@@ -294,7 +294,7 @@ def test_splits_of_webdataset_tars_in_folders_are_noticed(tmp_path: Path, look: 
     for split in ("train", "val"):
         (tmp_path / "w" / split).mkdir(parents=True)
         (tmp_path / "w" / split / "shard-0000.tar").write_bytes(tar_of(samples(0, 3)))
-    with pytest.raises(UserError, match=r"archives of train, val; .*/w/train;"):
+    with pytest.raises(UserError, match=r"archives of train, val\. .*/w/train\."):
         look(tmp_path / "w")
 
 
@@ -317,9 +317,9 @@ def test_archives_as_classes_keep_the_dots_of_their_names(tmp_path: Path, look: 
 
 
 def test_json_without_a_label_makes_no_webdataset(tmp_path: Path, look: Callable[..., Listing]) -> None:
-    pictures = {f"F/{c}/{c}{n}.jpg": b"x" for c in "ab" for n in range(2)}
-    notes = {name.replace(".jpg", ".json"): b'{"shapes": []}' for name in pictures}
-    (tmp_path / "F.tar").write_bytes(tar_of(dict(sorted((pictures | notes).items()))))
+    images = {f"F/{c}/{c}{n}.jpg": b"x" for c in "ab" for n in range(2)}
+    notes = {name.replace(".jpg", ".json"): b'{"shapes": []}' for name in images}
+    (tmp_path / "F.tar").write_bytes(tar_of(dict(sorted((images | notes).items()))))
     listing = look(tmp_path / "F.tar")
     assert (listing.format, listing.classes, len(listing)) == ("folders", ("a", "b"), 4)
 
@@ -337,7 +337,7 @@ def test_zip_of_windows_and_tar_of_a_parent_folder(tmp_path: Path, look: Callabl
     assert look(tmp_path / "up.tar").classes == ("a", "b")
 
 
-def test_pictures_of_other_formats_are_found_to_be_named(tmp_path: Path, look: Callable[..., Listing]) -> None:
+def test_images_of_other_formats_are_found_to_be_named(tmp_path: Path, look: Callable[..., Listing]) -> None:
     put(tmp_path / "src", "1.HEIC", "2.avif", "3.jxl", "4.jpg")
     assert len(look(tmp_path / "src")) == 4
 

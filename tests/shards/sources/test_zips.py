@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import UserError
-from shards.sources.zips import DamagedError, Member, members, payload
+from shards.sources.zips import DamagedError, Member, list_members, read_member
 
 Named = tuple[str, bytes]
 FILES = [
     ("val2017/a.jpg", random.Random(0).randbytes(3000)),
     ("val2017/b c 'd'.jpg", b"compresses well" * 1000),
     ("empty.png", b""),
-    ("Süß 猫.webp", b"picture"),
+    ("Süß 猫.webp", b"image"),
     ("x" * 300, b"long"),
 ]
 STORED, DEFLATED = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED
@@ -39,14 +39,14 @@ def zip_of(files: list[Named], method: int = DEFLATED) -> bytes:
 
 
 def listed(data: bytes) -> list[Member]:
-    return list(members(io.BytesIO(data), "x.zip"))
+    return list(list_members(io.BytesIO(data), "x.zip"))
 
 
 def unpacked(data: bytes, member: Member) -> bytes:
     def read(offset: int, size: int) -> bytes:
         return data[offset : offset + size]
 
-    return payload(read, *member[1:])
+    return read_member(read, *member[1:])
 
 
 def contents(data: bytes) -> list[Named]:
@@ -85,10 +85,10 @@ def test_members_are_read_in_any_order_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "x.zip"
     path.write_bytes(zip_of(FILES))
     with path.open("rb") as file:
-        found = list(members(file, "x.zip"))
+        found = list(list_members(file, "x.zip"))
         assert not file.closed
         read = partial(lambda descriptor, offset, size: os.pread(descriptor, size, offset), file.fileno())
-        assert [payload(read, *member[1:]) for member in reversed(found)] == [data for _, data in reversed(FILES)]
+        assert [read_member(read, *member[1:]) for member in reversed(found)] == [data for _, data in reversed(FILES)]
 
 
 class Pipe(io.RawIOBase):
@@ -130,9 +130,9 @@ def test_offsets_beyond_4_gib(tmp_path: Path) -> None:
         with zipfile.ZipFile(file, "a") as archive:
             archive.writestr("a.jpg", b"far away")
     with path.open("rb") as file:
-        (member,) = members(file, "big.zip")
+        (member,) = list_members(file, "big.zip")
         assert member.offset == 5 << 30
-        assert payload(lambda offset, size: os.pread(file.fileno(), size, offset), *member[1:]) == b"far away"
+        assert read_member(lambda offset, size: os.pread(file.fileno(), size, offset), *member[1:]) == b"far away"
 
 
 def test_more_files_than_the_old_directory_counts() -> None:
@@ -180,12 +180,12 @@ def test_names_without_the_utf8_flag_are_utf8_or_cp437(raw: bytes, name: str) ->
 def test_encrypted_files_are_refused() -> None:
     data = bytearray(zip_of(FILES[:1]))
     data[data.index(b"PK\1\2") + 8] |= 1
-    refused(bytes(data), r"^x\.zip: 'val2017/a\.jpg' is encrypted; unpack x\.zip and give the folder as SRC$")
+    refused(bytes(data), r"^x\.zip: 'val2017/a\.jpg' is encrypted\. Unpack x\.zip and give the folder as SRC\.$")
 
 
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_methods_are_refused(method: int) -> None:
-    refused(zip_of(FILES, method), rf"^x\.zip: 'val2017/a\.jpg' is compressed by method {method}; unpack x\.zip")
+    refused(zip_of(FILES, method), rf"^x\.zip: 'val2017/a\.jpg' is compressed by method {method}\. Unpack x\.zip")
 
 
 WHOLE = zip_of(FILES)
@@ -195,15 +195,17 @@ WHOLE = zip_of(FILES)
     "data", [b"", b"PK\3\4", b"<html>" * 300, WHOLE[:2000], WHOLE[:-1], WHOLE[:-400], WHOLE[2000:2100]]
 )
 def test_cut_off_archives_and_other_files(data: bytes) -> None:
-    refused(data, r"^x\.zip is no zip archive, or damaged or cut off \(.*\); get the archive anew$")
+    refused(data, r"^x\.zip is not a zip archive, or is damaged or cut off \(.*\)\. Download the archive again\.$")
 
 
 def test_damaged_directory() -> None:
     start = WHOLE.index(b"PK\1\2")
-    refused(WHOLE[:start] + b"PQ" + WHOLE[start + 2 :], "^x.zip is no zip archive, or damaged")
+    refused(WHOLE[:start] + b"PQ" + WHOLE[start + 2 :], "^x.zip is not a zip archive, or is damaged")
     beyond = bytearray(WHOLE)
     struct.pack_into("<I", beyond, start + 42, 1 << 30)
-    refused(bytes(beyond), r"^x\.zip: 'val2017/a\.jpg' lies beyond the end of the archive; get the archive anew$")
+    refused(
+        bytes(beyond), r"^x\.zip: 'val2017/a\.jpg' lies beyond the end of the archive\. Download the archive again\.$"
+    )
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,6 @@ def test_header_that_lies_about_the_size_does_not_explode(size: int) -> None:
     data = data[:8] + struct.pack("<H", DEFLATED) + data[10:]
     tracemalloc.start()
     with pytest.raises(DamagedError, match=r"^damaged in the zip: size differs$"):
-        payload(lambda offset, size: data[offset : offset + size], 0, len(bomb) - 6, size, 0)
+        read_member(lambda offset, size: data[offset : offset + size], 0, len(bomb) - 6, size, 0)
     assert tracemalloc.get_traced_memory()[1] < 2 << 20
     tracemalloc.stop()

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 from shards.layout import RECORD
-from tests.shards.archives import slow_pictures
+from tests.shards.archives import make_slow_images
 from tests.shards.s3 import Server, s3_server
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -177,7 +177,7 @@ def test_a_packing_has_the_bytes_of_a_local_one_and_nothing_else(
 ) -> None:
     done(command("pack", tree_once, tmp_path / "local", *OPTIONS))
     output = done(command("pack", tree_once, f"{bucket}/out/", *OPTIONS))
-    assert f"{bucket}/out: 21 pictures, 2 classes, " in output
+    assert f"{bucket}/out: 21 images, 2 classes, " in output
     local = contents(tmp_path / "local")
     assert len(local) > 7
     assert objects(f"{bucket}/out") == objects(bucket + "/out") == local
@@ -189,7 +189,7 @@ def test_a_packing_has_the_bytes_of_a_local_one_and_nothing_else(
     recorder.requests.clear()
     assert f"{bucket}/out: already complete" in done(command("pack", tree_once, f"{bucket}/out", *OPTIONS))
     assert {method for method, _ in recorder.requests} <= {"GET", "HEAD"}
-    assert "all is well: 21 pictures" in done(command("check", f"{bucket}/out", "--workers", 2))
+    assert "no problems in 21 images" in done(command("check", f"{bucket}/out", "--workers", 2))
 
 
 def test_info_says_the_same_of_a_remote_folder_and_show_says_what_it_cannot(
@@ -198,7 +198,7 @@ def test_info_says_the_same_of_a_remote_folder_and_show_says_what_it_cannot(
     url = uploaded(server, packed_once, f"{bucket}/packed")
     assert done(command("info", url)) == done(command("info", packed_once))
     line = complaint(command("show", url, "--grid", tmp_path / "grid.png"))
-    assert line == f"make-shards: {url}: pictures are drawn from local shards; copy the folder here first"
+    assert line == f"make-shards: {url}: only local shards can be shown. Copy the folder to this machine first."
 
 
 def archive(tree: Path, kind: str) -> bytes:
@@ -277,10 +277,10 @@ def test_tars_by_others_are_indexed_in_the_store(
     url = uploaded(server, folder, f"{bucket}/theirs")
     done(command("index", folder, "--workers", 2))
     output = done(command("index", url, "--workers", 2))
-    assert "webdataset: 20 pictures, 3 classes" in output
+    assert "webdataset: 20 images, 3 classes" in output
     assert objects(url) == contents(folder)
     assert {name: data for name, data in objects(url).items() if name.endswith(".tar")} == tars
-    assert "all is well: 20 pictures" in done(command("check", url, "--workers", 2))
+    assert "no problems in 20 images" in done(command("check", url, "--workers", 2))
 
 
 @pytest.mark.slow
@@ -335,7 +335,7 @@ def test_the_manifest_comes_last_and_a_packing_without_one_goes_on(
 ) -> None:
     recorder.refused = "manifest.json"
     line = complaint(command("pack", tree_once, f"{bucket}/out", *OPTIONS))
-    assert f"{bucket}/out/manifest.json: Access Denied; see to your credentials" in line
+    assert f"{bucket}/out/manifest.json: Access Denied. Check your credentials" in line
     whole = contents(packed_once)
     assert len(whole) > 7
     there = {name: data for name, data in objects(f"{bucket}/out").items() if not name.startswith(".parts/")}
@@ -344,7 +344,7 @@ def test_the_manifest_comes_last_and_a_packing_without_one_goes_on(
     assert "no manifest.json" in complaint(command("check", f"{bucket}/out"))
     recorder.refused = None
     recorder.requests.clear()
-    assert "finished before and kept" in done(command("pack", tree_once, f"{bucket}/out", *OPTIONS))
+    assert "kept from an earlier run" in done(command("pack", tree_once, f"{bucket}/out", *OPTIONS))
     *before, last = recorder.stored()
     assert not [key for key in before if key.endswith((".tar", ".part"))]
     assert last == "out/manifest.json"
@@ -369,7 +369,7 @@ def test_what_was_uploaded_before_a_kill_is_not_uploaded_again(
     contents: Contents,
     objects: Callable[[str], dict[str, bytes]],
 ) -> None:
-    source = slow_pictures(tmp_path / "src", 60, 2000)
+    source = make_slow_images(tmp_path / "src", 60, 2000)
     process = start(source, f"{bucket}/out")
     wait_for(lambda: len(finished(recorder)) >= 2, process)
     os.killpg(process.pid, number)
@@ -398,7 +398,7 @@ def test_killed_at_many_moments(
     contents: Contents,
     objects: Callable[[str], dict[str, bytes]],
 ) -> None:
-    source = slow_pictures(tmp_path / "src", 30, 2000)
+    source = make_slow_images(tmp_path / "src", 30, 2000)
     done(command("pack", source, tmp_path / "local", *OPTIONS))
     began = time.monotonic()
     done(command("pack", source, f"{bucket}/whole", *OPTIONS))
@@ -420,14 +420,14 @@ def test_killed_at_many_moments(
 
 @pytest.mark.slow
 def test_a_second_packer_is_refused_on_this_machine(bucket: str, recorder: Recorder, tmp_path: Path) -> None:
-    source = slow_pictures(tmp_path / "src", 40, 2000)
+    source = make_slow_images(tmp_path / "src", 40, 2000)
     first = start(source, f"{bucket}/out")
     wait_for(lambda: "out/.parts/plan.json" in recorder.stored(), first)
     second = start(source, f"{bucket}/out/")
     _, errors = second.communicate(timeout=30)
     assert second.returncode == 1
     assert errors.count("\n") == 1
-    assert f"{bucket}/out: another make-shards is at work in it; wait, or choose another folder" in errors
+    assert f"{bucket}/out: another make-shards is writing into it. Wait, or choose another folder" in errors
     _, errors = first.communicate(timeout=60)
     assert (first.returncode, errors) == (0, "")
 
@@ -437,7 +437,7 @@ def test_a_second_packer_is_refused_on_this_machine(bucket: str, recorder: Recor
 
 def test_source_and_out_in_one_another(command: Command, bucket: str) -> None:
     for source, out in (("a", "a"), ("a", "a/out"), ("a/b/c", "a/")):
-        assert "lie in one another" in complaint(command("pack", f"{bucket}/{source}", f"{bucket}/{out}"))
+        assert "must not contain each other" in complaint(command("pack", f"{bucket}/{source}", f"{bucket}/{out}"))
     assert "no such object, folder or bucket" in complaint(command("pack", f"{bucket}/a", f"{bucket}/ab"))
 
 
@@ -480,7 +480,7 @@ def test_missing_credentials_are_named(
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("HOME", str(tmp_path))
     for line in complaints(command, bucket, tree_once, tmp_path / "out"):
-        assert f"{bucket}: Unable to locate credentials; see to your credentials (AWS_PROFILE or " in line
+        assert f"{bucket}: Unable to locate credentials. Check your credentials (AWS_PROFILE or " in line
 
 
 @pytest.mark.slow
@@ -501,4 +501,4 @@ def test_an_endpoint_that_does_not_answer_is_not_waited_for(
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         for line in complaints(command, bucket, tree_once, tmp_path / "out", 2):
-            assert f"{bucket}: no answer within 20 s; check the name, the network and the endpoint" in line
+            assert f"{bucket}: no answer within 20 s. Check the name, the network and the endpoint" in line

@@ -30,11 +30,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shards import arguments
+from shards import argument_types
 from shards.errors import UserError
 from shards.packing.pack import refuse_overlap
 from shards.storage import files, remote
-from shards.storage.output import Folder, LocalFolder, RemoteFolder, out_folder
+from shards.storage.folders import Folder, open_folder
+from shards.storage.local_folder import LocalFolder
+from shards.storage.remote_folder import RemoteFolder
 from tests.shards.s3 import Server, forget, s3_server
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -61,11 +63,11 @@ def bucket(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> s
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Folder:
     """A folder to pack into that nothing is in yet, of either kind."""
     where = str(tmp_path) if request.param == "local" else request.getfixturevalue("bucket")
-    return out_folder(f"{where}/{ODD}")
+    return open_folder(f"{where}/{ODD}")
 
 
 def write(folder: Folder, name: str, data: bytes) -> None:
-    with folder.whole_file(name) as file:
+    with folder.write_file(name) as file:
         file.write(data)
 
 
@@ -85,11 +87,11 @@ def test_a_file_is_there_as_it_was_written(folder: Folder) -> None:
     write(folder, "train-000000.tar", data)
     write(folder, ".parts/000000.part", b"part")
     write(folder, "empty", b"")
-    assert folder.names() == ["empty", "train-000000.tar"]
+    assert folder.list_files() == ["empty", "train-000000.tar"]
     assert folder.read("train-000000.tar") == data
-    assert (folder.size("train-000000.tar"), folder.size("empty")) == (len(data), 0)
-    assert folder.sha256("train-000000.tar") == hashlib.sha256(data).hexdigest()
-    assert folder.sha256("empty") == hashlib.sha256(b"").hexdigest()
+    assert (folder.get_size("train-000000.tar"), folder.get_size("empty")) == (len(data), 0)
+    assert folder.hash_file("train-000000.tar") == hashlib.sha256(data).hexdigest()
+    assert folder.hash_file("empty") == hashlib.sha256(b"").hexdigest()
     with folder.open("train-000000.tar") as file:
         assert b"".join(iter(lambda: file.read(700_001), b"")) == data
     assert folder.read(".parts/000000.part") == b"part"
@@ -97,12 +99,12 @@ def test_a_file_is_there_as_it_was_written(folder: Folder) -> None:
 
 def test_a_missing_file_is_told_apart_from_a_failure(folder: Folder) -> None:
     for _ in range(2):  # before the folder exists, and after
-        assert (folder.size("x"), folder.sha256("x")) == (None, None)
+        assert (folder.get_size("x"), folder.hash_file("x")) == (None, None)
         for read in (folder.read, folder.open):
             with pytest.raises(FileNotFoundError):
                 read("x")
         folder.remove("x")
-        assert "x" not in folder.names()
+        assert "x" not in folder.list_files()
         write(folder, "another", b"1")
 
 
@@ -111,8 +113,8 @@ def test_files_can_be_replaced_and_removed(folder: Folder) -> None:
     write(folder, "x", b"later")
     assert folder.read("x") == b"later"
     folder.remove("x")
-    assert folder.names() == []
-    assert folder.size("x") is None
+    assert folder.list_files() == []
+    assert folder.get_size("x") is None
 
 
 def test_an_interrupted_file_leaves_the_former_one(folder: Folder) -> None:
@@ -120,13 +122,13 @@ def test_an_interrupted_file_leaves_the_former_one(folder: Folder) -> None:
     for name in ("x", "y"):
         with pytest.raises(KeyboardInterrupt):
             interrupted(folder, name)
-    assert folder.names() == ["x"]
+    assert folder.list_files() == ["x"]
     assert folder.read("x") == b"former"
-    assert list(folder.work.glob("*.tmp")) == []
+    assert list(folder.work_folder.glob("*.tmp")) == []
 
 
 def interrupted(folder: Folder, name: str) -> None:
-    with folder.whole_file(name) as file:
+    with folder.write_file(name) as file:
         file.write(b"half" * 1_000_000)
         raise KeyboardInterrupt
 
@@ -135,13 +137,15 @@ def test_a_full_disk_leaves_the_former_file(folder: Folder) -> None:
     write(folder, "x", b"former")
     assert in_child(run_full, folder, "x") == 0
     assert folder.read("x") == b"former"
-    assert list(folder.work.iterdir()) == []
+    assert list(folder.work_folder.iterdir()) == []
 
 
 def run_full(folder: Folder, name: str) -> None:
     """Files end at a million bytes in this process; a full disk refuses in the same way."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
-    with pytest.raises(UserError, match=r"^cannot write .*: File too large; mend that \(a full disk: free") as caught:
+    with pytest.raises(
+        UserError, match=r"^cannot write .*: File too large\. Fix that \(if the disk is full, free"
+    ) as caught:
         write(folder, name, bytes(5_000_000))
     assert isinstance(folder, LocalFolder) or "TMPDIR" in str(caught.value)
 
@@ -150,12 +154,12 @@ def test_remove_parts_takes_them_and_nothing_else(folder: Folder) -> None:
     for number in range(20):
         write(folder, f".parts/{number:06d}.part", b"part")
     write(folder, "manifest.json", b"{}")
-    folder.work.mkdir(exist_ok=True, parents=True)
-    (folder.work / "staged.tar").write_bytes(b"1")
+    folder.work_folder.mkdir(exist_ok=True, parents=True)
+    (folder.work_folder / "staged.tar").write_bytes(b"1")
     folder.remove_parts()
-    assert not folder.work.exists()
-    assert folder.size(".parts/000019.part") is None
-    assert folder.names() == ["manifest.json"]
+    assert not folder.work_folder.exists()
+    assert folder.get_size(".parts/000019.part") is None
+    assert folder.list_files() == ["manifest.json"]
     folder.remove_parts()
 
 
@@ -165,15 +169,15 @@ def test_sha256_ticks_and_can_be_stopped_so(folder: Folder) -> None:
 
     write(folder, "x", bytes(100))
     with pytest.raises((InterruptedError, UserError)):
-        folder.sha256("x", stop)
+        folder.hash_file("x", stop)
 
 
 def test_another_process_sees_and_writes_the_same(folder: Folder) -> None:
     write(folder, "x", b"from here")
     assert in_child(answer, folder) == 0
     assert folder.read("y") == b"from there"
-    assert folder.names() == ["x", "y"]
-    assert folder.work == pickle.loads(pickle.dumps(folder)).work
+    assert folder.list_files() == ["x", "y"]
+    assert folder.work_folder == pickle.loads(pickle.dumps(folder)).work_folder
 
 
 def answer(folder: Folder) -> None:
@@ -186,22 +190,22 @@ def test_a_killed_holder_lets_go_and_its_leftovers_are_cleared(folder: Folder, t
     holder = SPAWN.Process(target=hold, args=(folder, ready))
     holder.start()
     wait_for(lambda: ready.exists() or not holder.is_alive())
-    with pytest.raises(UserError, match="someone is at it"), folder.held("someone is at it"):
+    with pytest.raises(UserError, match="someone is at it"), folder.lock("someone is at it"):
         pass
     os.kill(holder.pid or 0, signal.SIGKILL)
     holder.join()
-    assert len(list(folder.work.glob("*.tmp"))) == 1
-    with folder.held("someone is at it"):
-        assert list(folder.work.glob("*.tmp")) == []
-        with pytest.raises(UserError, match="someone is at it"), folder.held("someone is at it"):
+    assert len(list(folder.work_folder.glob("*.tmp"))) == 1
+    with folder.lock("someone is at it"):
+        assert list(folder.work_folder.glob("*.tmp")) == []
+        with pytest.raises(UserError, match="someone is at it"), folder.lock("someone is at it"):
             pass
-    with folder.held("it can be held again"):
+    with folder.lock("it can be held again"):
         folder.remove_parts()
-    assert folder.names() == []
+    assert folder.list_files() == []
 
 
 def hold(folder: Folder, ready: Path) -> None:
-    with folder.held("never said"), folder.whole_file("x") as file:
+    with folder.lock("never said"), folder.write_file("x") as file:
         file.write(b"half")
         file.flush()
         ready.touch()
@@ -220,25 +224,25 @@ def wait_for(condition: Callable[[], object]) -> None:
 
 def test_a_folder_that_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    folder = out_folder(str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"^cannot write .*file/x: .*; choose a folder, or a name that does not exist"):
+    folder = open_folder(str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"^cannot write .*file/x: .*\. Choose a folder, or a name that does not exist"):
         write(folder, "x", b"")
-    for ask in (folder.read, folder.open, folder.size, folder.sha256):
-        with pytest.raises(UserError, match=r"^cannot read .*/x: Not a directory; make it readable"):
+    for ask in (folder.read, folder.open, folder.get_size, folder.hash_file):
+        with pytest.raises(UserError, match=r"^cannot read .*/x: Not a directory\. Make it readable"):
             ask("x")
 
 
 def test_a_slash_at_the_end_names_the_same_folder(tmp_path: Path) -> None:
-    assert out_folder(f"{tmp_path}/out/") == LocalFolder(f"{tmp_path}/out")
-    assert out_folder("") == LocalFolder(".")
+    assert open_folder(f"{tmp_path}/out/") == LocalFolder(f"{tmp_path}/out")
+    assert open_folder("") == LocalFolder(".")
 
 
 @pytest.mark.parametrize("scheme", ["file", "local", "FILE"])
 def test_a_file_url_is_a_path(scheme: str, tmp_path: Path) -> None:
-    assert arguments.path(f"{scheme}://{tmp_path}/out") == f"{tmp_path}/out"
-    assert arguments.path(f"{tmp_path}/{scheme}://x") == f"{tmp_path}/{scheme}://x"
-    with pytest.raises(argparse.ArgumentTypeError, match="an empty path"):
-        arguments.path(f"{scheme}://")
+    assert argument_types.parse_path(f"{scheme}://{tmp_path}/out") == f"{tmp_path}/out"
+    assert argument_types.parse_path(f"{tmp_path}/{scheme}://x") == f"{tmp_path}/{scheme}://x"
+    with pytest.raises(argparse.ArgumentTypeError, match="the path is empty"):
+        argument_types.parse_path(f"{scheme}://")
 
 
 def test_a_file_url_hides_no_overlap(tree: Path, contents: Callable[[Path], dict[str, bytes]]) -> None:
@@ -250,7 +254,7 @@ def test_a_file_url_hides_no_overlap(tree: Path, contents: Callable[[Path], dict
                 [sys.executable, "-m", "shards", *call], cwd=ROOT, capture_output=True, text=True, timeout=60
             )
             assert (done.returncode, done.stdout) == (1, "")
-            assert "lie in one another; choose an OUT beside SRC" in done.stderr
+            assert "must not contain each other. Choose an OUT beside SRC" in done.stderr
     assert contents(tree) == before
 
 
@@ -279,7 +283,7 @@ def test_a_file_url_serves_every_command(tree_once: Path, tmp_path: Path) -> Non
     ],
 )
 def test_overlap_of_urls(source: str, out: str, overlap: bool) -> None:
-    with pytest.raises(UserError, match="lie in one another") if overlap else contextlib.nullcontext():
+    with pytest.raises(UserError, match="must not contain each other") if overlap else contextlib.nullcontext():
         refuse_overlap(source, out)
 
 
@@ -295,7 +299,7 @@ def test_a_local_file_reads_as_its_bytes_do(
     tmp_path_factory: pytest.TempPathFactory, data: bytes, moves: list[tuple[int, int, int]]
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "bytes"
-    path.unlink(missing_ok=True)  # descriptors are kept: the file of that name must be looked at anew
+    path.unlink(missing_ok=True)  # descriptors are kept: the file of that name must be looked at again
     path.write_bytes(data)
     assert files.read_whole(str(path)) == data
     with files.open_input(str(path)) as file, io.BytesIO(data) as expected:
@@ -347,10 +351,10 @@ def test_walk_finds_what_another_client_lists(server: Server, bucket: str) -> No
     server.put(f"{bucket}/in-another/x", b"")
     listed = [key.removeprefix("in/") for key in server.keys(f"{bucket}/in/") if not key.endswith("/")]
     for root in (f"{bucket}/in", f"{bucket}/in/"):
-        found = list(files.walk(root))
+        found = list(files.walk_objects(root))
         assert sorted(entry.path for entry in found) == sorted(listed) == sorted(names)
         assert all(entry.size == names.index(entry.path) for entry in found)
-    assert len(list(files.walk(bucket))) == len(names) + 1
+    assert len(list(files.walk_objects(bucket))) == len(names) + 1
 
 
 def test_threads_read_more_files_than_are_kept_open(tmp_path: Path) -> None:
@@ -372,7 +376,7 @@ def test_walk_never_leaves_a_folder_out_in_silence(
     server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server.put(f"{bucket}/in/sub/x", b"")
-    file_system = remote.file_system(bucket)
+    file_system = remote.open_file_system(bucket)
     listing = file_system.ls
 
     def refuse(path: str, **options: object) -> object:
@@ -382,11 +386,11 @@ def test_walk_never_leaves_a_folder_out_in_silence(
 
     with monkeypatch.context() as patch:
         patch.setattr(file_system, "ls", refuse)
-        with pytest.raises(UserError, match=r"/in/sub: Access Denied; see to your credentials"):
-            list(files.walk(f"{bucket}/in"))
+        with pytest.raises(UserError, match=r"/in/sub: Access Denied\. Check your credentials"):
+            list(files.walk_objects(f"{bucket}/in"))
     server.put(f"{bucket}/in//x", b"")
-    with pytest.raises(UserError, match="/in: a key with '//' lies in it"):
-        list(files.walk(f"{bucket}/in"))
+    with pytest.raises(UserError, match="/in: it holds a key with '//'"):
+        list(files.walk_objects(f"{bucket}/in"))
 
 
 NAMES = ("a-0.tar", "a-1.tar", "b.tar", "A-2.tar", ".a-3.tar", "[1].tar", "a-1.tar.gz")
@@ -406,29 +410,29 @@ def test_a_pattern_matches_objects_as_it_does_files(server: Server, bucket: str,
     ):
         found = [path for path in glob.glob(f"{tmp_path}/in/{pattern}") if os.path.isfile(path)]
         expected = sorted(os.path.relpath(path, tmp_path) for path in found)
-        assert [url.removeprefix(f"{bucket}/") for url in files.matching(f"{bucket}/in/{pattern}")] == expected
-    assert files.matching(f"{bucket}/in/[1].tar") == [f"{bucket}/in/[1].tar"]  # this very name is there
+        assert [url.removeprefix(f"{bucket}/") for url in files.find_objects(f"{bucket}/in/{pattern}")] == expected
+    assert files.find_objects(f"{bucket}/in/[1].tar") == [f"{bucket}/in/[1].tar"]  # this very name is there
 
 
 def test_a_pattern_that_cannot_be_tried_is_one_clear_line(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: str, **options: object) -> object:
         raise PermissionError("Access Denied")
 
-    assert files.matching("s3://there-is-no-such-bucket/*.tar") == []
-    monkeypatch.setattr(remote.file_system(bucket), "ls", refuse)
-    with pytest.raises(UserError, match="Access Denied; see to your credentials"):
-        files.matching(f"{bucket}/*.tar")
+    assert files.find_objects("s3://there-is-no-such-bucket/*.tar") == []
+    monkeypatch.setattr(remote.open_file_system(bucket), "ls", refuse)
+    with pytest.raises(UserError, match=r"Access Denied\. Check your credentials"):
+        files.find_objects(f"{bucket}/*.tar")
 
 
 def test_what_is_not_there_is_one_clear_line(bucket: str, tmp_path: Path) -> None:
     for read in (files.read_whole, files.open_input, lambda path: files.read_range(path, 0, 9)):
-        with pytest.raises(UserError, match=r"^s3://.*/x: no such object, folder or bucket; check the name"):
+        with pytest.raises(UserError, match=r"^s3://.*/x: no such object, folder or bucket\. Check the name"):
             read(f"{bucket}/x")
-        with pytest.raises(UserError, match=r"^cannot read .*/x: no such file; put it back"):
+        with pytest.raises(UserError, match=r"^cannot read .*/x: no such file\. Put it back"):
             read(f"{tmp_path}/x")
     for url in (f"{bucket}/none", "s3://there-is-no-such-bucket/x"):
-        with pytest.raises(UserError, match=r"^s3://.*: no such object, folder or bucket; check the name"):
-            list(files.walk(url))
+        with pytest.raises(UserError, match=r"^s3://.*: no such object, folder or bucket\. Check the name"):
+            list(files.walk_objects(url))
 
 
 # Object stores
@@ -438,15 +442,15 @@ def test_what_others_change_is_seen_at_once(server: Server, bucket: str) -> None
     folder = RemoteFolder(f"{bucket}/out")
     for data in (b"first", b"second, longer"):
         server.put(f"{folder}/x", data)
-        assert (folder.read("x"), folder.size("x"), folder.names()) == (data, len(data), ["x"])
-        assert folder.sha256("x") == hashlib.sha256(data).hexdigest()
+        assert (folder.read("x"), folder.get_size("x"), folder.list_files()) == (data, len(data), ["x"])
+        assert folder.hash_file("x") == hashlib.sha256(data).hexdigest()
     server.remove(f"{folder}/x")
-    assert (folder.size("x"), folder.names()) == (None, [])
+    assert (folder.get_size("x"), folder.list_files()) == (None, [])
 
 
-def test_a_picture_is_one_request(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_is_one_request(server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     server.put(f"{bucket}/x", b"data")
-    file_system, requests = remote.file_system(bucket), []
+    file_system, requests = remote.open_file_system(bucket), []
     call = file_system._call_s3
 
     async def counted(method: str, *arguments: object, **options: object) -> object:
@@ -468,7 +472,7 @@ def test_a_name_is_no_pattern(server: Server, bucket: str) -> None:
 
 
 def test_a_damaged_upload_is_noticed_and_removed(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.file_system(bucket)
+    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.open_file_system(bucket)
     upload = file_system.put_file
 
     def damage(local: str, url: str) -> None:
@@ -479,21 +483,22 @@ def test_a_damaged_upload_is_noticed_and_removed(bucket: str, monkeypatch: pytes
 
     monkeypatch.setattr(file_system, "put_file", damage)
     with pytest.raises(
-        UserError, match=r"/out/x: not what was uploaded, so it was removed; run the same command again"
+        UserError,
+        match=r"/out/x: the store returned other bytes .* so the object was removed\. Run the same command again",
     ):
         write(folder, "x", bytes(10_000))
-    assert folder.names() == []
-    assert list(folder.work.iterdir()) == []
+    assert folder.list_files() == []
+    assert list(folder.work_folder.iterdir()) == []
 
 
 def test_nobody_else_sees_or_prepares_what_is_written_here(bucket: str, tmp_path: Path) -> None:
     folder = RemoteFolder(f"{bucket}/out")
-    assert str(os.getuid()) in folder.work.name.split("-")
+    assert str(os.getuid()) in folder.work_folder.name.split("-")
     old_mask = os.umask(0)
     try:
-        with folder.held("nobody else"), folder.whole_file("x"):
+        with folder.lock("nobody else"), folder.write_file("x"):
             made = sorted((tmp_path / "tmp").iterdir())
-            assert [path.name.removeprefix(folder.work.name) for path in made] == ["", ".lock"]
+            assert [path.name.removeprefix(folder.work_folder.name) for path in made] == ["", ".lock"]
             assert [stat.filemode(path.stat().st_mode) for path in made] == ["drwx------"] * 2
     finally:
         os.umask(old_mask)
@@ -503,7 +508,7 @@ def test_nobody_else_sees_or_prepares_what_is_written_here(bucket: str, tmp_path
 @pytest.mark.parametrize("kind", ["file", "link", "of somebody else"])
 def test_a_work_folder_of_somebody_else_is_refused(bucket: str, tmp_path: Path, kind: str, suffix: str) -> None:
     folder = RemoteFolder(f"{bucket}/out")
-    there = Path(f"{folder.work}{suffix}")
+    there = Path(f"{folder.work_folder}{suffix}")
     if kind == "file":
         there.touch()
     elif kind == "link":
@@ -514,8 +519,8 @@ def test_a_work_folder_of_somebody_else_is_refused(bucket: str, tmp_path: Path, 
             pytest.skip("only root can give folders away")
         there.mkdir()
         os.chown(there, 12_345, -1)
-    line = rf"^{there}: somebody else's, or no folder; remove it, or set TMPDIR to a folder of your own$"
-    with pytest.raises(UserError, match=line), folder.held("nobody"):
+    line = rf"^{there}: not a folder of yours\. Remove it, or set TMPDIR to a folder that belongs to you\.$"
+    with pytest.raises(UserError, match=line), folder.lock("nobody"):
         pass
     if not suffix:
         with pytest.raises(UserError, match=line):
@@ -528,7 +533,7 @@ def test_a_work_folder_of_somebody_else_is_refused(bucket: str, tmp_path: Path, 
 def test_what_another_writer_puts_in_between_is_noticed(
     server: Server, bucket: str, monkeypatch: pytest.MonkeyPatch, other: bytes
 ) -> None:
-    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.file_system(bucket)
+    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.open_file_system(bucket)
     upload = file_system.put_file
 
     def overwritten(local: str, url: str) -> None:
@@ -536,9 +541,9 @@ def test_what_another_writer_puts_in_between_is_noticed(
         server.put(url, other)
 
     monkeypatch.setattr(file_system, "put_file", overwritten)
-    with pytest.raises(UserError, match="not what was uploaded"):
+    with pytest.raises(UserError, match="the store returned other bytes than were uploaded"):
         write(folder, "x", b"9876543210")
-    assert folder.names() == []
+    assert folder.list_files() == []
 
 
 def failing(
@@ -557,7 +562,7 @@ def failing(
 
 
 def test_an_upload_is_tried_again(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.file_system(bucket)
+    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.open_file_system(bucket)
     pauses: list[float] = []
     monkeypatch.setattr(remote.time, "sleep", pauses.append)
     upload, calls = failing(2, OSError("We encountered an internal error"), file_system.put_file)
@@ -570,15 +575,15 @@ def test_an_upload_is_tried_again(bucket: str, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("error", "attempts", "line"),
     [
-        (OSError("internal\nerror"), 3, "x: internal error; check the name, the network and the endpoint"),
-        (PermissionError("Access Denied"), 1, "x: Access Denied; see to your credentials (AWS_PROFILE or "),
-        (FileNotFoundError("The specified bucket does not exist"), 1, "x: no such object, folder or bucket; check the"),
+        (OSError("internal\nerror"), 3, "x: internal error. Check the name, the network and the endpoint"),
+        (PermissionError("Access Denied"), 1, "x: Access Denied. Check your credentials (AWS_PROFILE or "),
+        (FileNotFoundError("The specified bucket does not exist"), 1, "x: no such object, folder or bucket. Check the"),
     ],
 )
 def test_an_upload_that_fails_for_good_leaves_the_former_object(
     bucket: str, monkeypatch: pytest.MonkeyPatch, error: Exception, attempts: int, line: str
 ) -> None:
-    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.file_system(bucket)
+    folder, file_system = RemoteFolder(f"{bucket}/out"), remote.open_file_system(bucket)
     write(folder, "x", b"former")
     monkeypatch.setattr(remote, "_PAUSE", 0)
     upload, calls = failing(9, error, file_system.put_file)
@@ -588,12 +593,12 @@ def test_an_upload_that_fails_for_good_leaves_the_former_object(
     assert line in str(caught.value)
     assert "\n" not in str(caught.value)
     assert (len(calls), folder.read("x")) == (attempts, b"former")
-    assert list(folder.work.iterdir()) == []
+    assert list(folder.work_folder.iterdir()) == []
 
 
 def test_a_bucket_that_is_not_there_is_never_made(server: Server, bucket: str) -> None:
     with pytest.raises(
-        UserError, match=r"^s3://mistyped-bucket/out/x: no such object, folder or bucket; check the name"
+        UserError, match=r"^s3://mistyped-bucket/out/x: no such object, folder or bucket\. Check the name"
     ):
         write(RemoteFolder("s3://mistyped-bucket/out"), "x", b"")
     assert "mistyped-bucket" not in [entry["Name"] for entry in server.client.list_buckets()["Buckets"]]
@@ -608,14 +613,14 @@ def test_missing_credentials_and_a_dead_endpoint_are_named(bucket: str, monkeypa
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         forget()
         with pytest.raises(
-            UserError, match=r"^s3://[^/]*: Could not connect to the endpoint URL: .*; check the name, the network"
+            UserError, match=r"^s3://[^/]*: Could not connect to the endpoint URL: .*\. Check the name, the network"
         ):
             files.read_whole(f"{bucket}/x")
     with monkeypatch.context() as patch:
         patch.delenv("AWS_ACCESS_KEY_ID")
         patch.delenv("AWS_SECRET_ACCESS_KEY")
         forget()
-        with pytest.raises(UserError, match=r"^s3://[^/]*: Unable to locate credentials; see to your credentials"):
+        with pytest.raises(UserError, match=r"^s3://[^/]*: Unable to locate credentials\. Check your credentials"):
             files.read_whole(f"{bucket}/x")
     forget()
 
@@ -623,10 +628,10 @@ def test_missing_credentials_and_a_dead_endpoint_are_named(bucket: str, monkeypa
 @pytest.mark.parametrize(
     ("missing", "url", "line"),
     [
-        ("fsspec", "s3://bucket/x", r"s3://bucket: .*; pip install fsspec s3fs"),
-        ("s3fs", "s3://bucket/x", r"s3://bucket: .*; pip install fsspec s3fs"),
-        ("gcsfs", "gs://bucket/x", r"gs://bucket: .*; pip install fsspec gcsfs"),
-        ("none", "foo://bucket/x", r"foo://bucket: Protocol not known: foo; give a folder, s3://BUCKET/FOLDER or .*"),
+        ("fsspec", "s3://bucket/x", r"s3://bucket: .*\. Install the package with 'pip install fsspec s3fs'\."),
+        ("s3fs", "s3://bucket/x", r"s3://bucket: .*\. Install the package with 'pip install fsspec s3fs'\."),
+        ("gcsfs", "gs://bucket/x", r"gs://bucket: .*\. Install the package with 'pip install fsspec gcsfs'\."),
+        ("none", "foo://bucket/x", r"foo://bucket: Protocol not known: foo\. Give a folder, s3://BUCKET/FOLDER or .*"),
     ],
 )
 def test_a_missing_package_is_named(missing: str, url: str, line: str) -> None:
@@ -644,9 +649,9 @@ def test_a_missing_package_is_named(missing: str, url: str, line: str) -> None:
 
 def test_a_url_needs_a_bucket() -> None:
     for path in ("s3://", "gs:///"):
-        with pytest.raises(UserError, match=r"names no bucket; write it like .*://BUCKET/FOLDER"):
-            out_folder(path)
-    assert out_folder("s3://bucket/out/") == RemoteFolder("s3://bucket/out")
+        with pytest.raises(UserError, match=r"the URL has no bucket\. Write it like .*://BUCKET/FOLDER"):
+            open_folder(path)
+    assert open_folder("s3://bucket/out/") == RemoteFolder("s3://bucket/out")
 
 
 def test_a_forked_child_has_its_own_connection(server: Server, bucket: str) -> None:
@@ -730,9 +735,9 @@ def test_killed_in_an_upload_the_former_object_stands(
         writer.join()
     assert server.keys(f"{folder}/") == ["out/x"]
     assert folder.read("x") == b"former"
-    assert len(list(folder.work.glob("*.tmp"))) == 1
-    with folder.held("nobody else"):
-        assert list(folder.work.iterdir()) == []
+    assert len(list(folder.work_folder.glob("*.tmp"))) == 1
+    with folder.lock("nobody else"):
+        assert list(folder.work_folder.iterdir()) == []
 
 
 @pytest.mark.slow
@@ -740,6 +745,8 @@ def test_a_multipart_upload_is_whole(server: Server, bucket: str) -> None:
     folder, data = RemoteFolder(f"{bucket}/out"), os.urandom(120 << 20)
     write(folder, "x", data)
     assert (
-        folder.sha256("x") == hashlib.sha256(data).hexdigest() == hashlib.sha256(server.get(f"{folder}/x")).hexdigest()
+        folder.hash_file("x")
+        == hashlib.sha256(data).hexdigest()
+        == hashlib.sha256(server.get(f"{folder}/x")).hexdigest()
     )
     assert "-" in server.client.head_object(Bucket=bucket.removeprefix("s3://"), Key="out/x")["ETag"]  # in parts

@@ -1,0 +1,143 @@
+"""The flags that the evaluation commands share, and the backbone that they name.
+
+Other commands use the parsers of flags and of numbers, too.
+"""
+
+import argparse
+import difflib
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import nn
+
+from dino_fast.evaluate.features import load_backbone
+from shards.argument_types import Parser
+from shards.argument_types import parse_path as parse_path_or_url
+from shards.errors import UserError
+from shards.text import escape_unprintable
+
+
+class FlagParser(Parser):
+    """Suggests the nearest flag for a misspelled one. A wrong call prints one line and exits with status 2."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse as argparse does, but report a misspelled flag before a missing one: it is often the same flag."""
+        self._refuse_unknown_flags(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
+    def _refuse_unknown_flags(self, arguments: Sequence[str]) -> None:
+        known = list(self._option_string_actions)
+        for argument in arguments:
+            flag = argument.partition("=")[0]
+            if flag.startswith("--") and not any(name.startswith(flag) for name in known):
+                near = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"unknown flag {flag}" + (f". Did you mean {near[0]}?" if near else ""))
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong in one line, and exit with status 2."""
+        line = explain_argument_error(escape_unprintable(message))
+        self.exit(
+            2, f"{self.prog}: {line}\n" if line.endswith("?") else f"{self.prog}: {line}. See {self.prog} --help.\n"
+        )
+
+
+def explain_argument_error(message: str) -> str:
+    """Rewrite a message of argparse about a flag, such as "argument --lrs: expected …", as a plain sentence."""
+    message = re.sub(r"^argument (.+?): expected ", r"\1 expects ", message)
+    message = re.sub(
+        r"^argument (.+?): invalid choice: (.+) \(choose from (.+)\)$", r"\1 expects one of \3, not \2", message
+    )
+    return re.sub(r"^the following arguments are required: ", "missing flags: ", message)
+
+
+def parse_whole_number(least: int) -> Callable[[str], int]:
+    """Return a function that reads a flag's whole number, `least` or more."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"expected a whole number, {least} or more, not {text!r}")
+        return int(text)
+
+    return parse
+
+
+def parse_positive_number(text: str) -> float:
+    """Read a flag's number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, not {text!r}")
+    return number
+
+
+class EvaluationParser(FlagParser):
+    """Has the flags that all evaluation commands share."""
+
+    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(prog=f"dino-fast {command}", description=description, epilog=epilog)
+        self.add_argument(
+            "--checkpoint", type=Path, required=True, metavar="FILE",
+            help="a step-….pt file, or the output folder of a run, which means its newest checkpoint",
+        )  # fmt: skip
+        self.add_argument(
+            "--train", type=parse_path_or_url, required=True, metavar="DIR",
+            help="folder or URL of labeled shards to learn from",
+        )  # fmt: skip
+        self.add_argument(
+            "--val", type=parse_path_or_url, required=True, metavar="DIR",
+            help="folder or URL of labeled shards to classify",
+        )  # fmt: skip
+        self.add_argument(
+            "--network", choices=("teacher", "student"), default="teacher",
+            help="whose backbone to score (default: teacher)",
+        )  # fmt: skip
+        self.add_argument(
+            "--resize", type=_parse_pixels, metavar="PIXELS",
+            help="short side of the resized images (default: crop · 256 / 224)",
+        )  # fmt: skip
+        self.add_argument(
+            "--crop", type=_parse_pixels, metavar="PIXELS",
+            help="side of the center crop (default: crops.global_size of the checkpoint's recipe)",
+        )  # fmt: skip
+        self.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto",
+            help="where to compute; auto means the GPU if there is one (default: auto)",
+        )  # fmt: skip
+        self.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
+
+
+def _parse_pixels(text: str) -> int:
+    if not text.isdecimal() or not 16 <= int(text) <= 4096:
+        raise argparse.ArgumentTypeError(f"expected a number of pixels from 16 to 4096, not {text!r}")
+    return int(text)
+
+
+def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the backbone that the flags of an `EvaluationParser` name.
+
+    Return it with what a result's JSON begins with: checkpoint, step, network, resize, crop. Raises UserError for flags
+    that do not fit each other or the files.
+    """
+    check_json_file(options.json)
+    backbone, recipe, step = load_backbone(options.checkpoint, options.network)
+    crop = options.crop or recipe["crops"]["global_size"]
+    resize = options.resize or round(crop * 256 / 224)
+    if resize < crop:
+        raise UserError(f"--resize {resize} is smaller than the crop of {crop} pixels. Raise it, or lower --crop.")
+    return backbone, {
+        "checkpoint": str(options.checkpoint), "step": step, "network": options.network, "resize": resize, "crop": crop,
+    }  # fmt: skip
+
+
+def check_json_file(file: Path | None) -> None:
+    """Raise UserError before the work begins if its result could not be written to `file`."""
+    if file and not file.parent.is_dir():
+        raise UserError(f"--json {file}: the folder {file.parent} does not exist. Create it first.")
+    if file and file.is_dir():
+        raise UserError(f"--json {file} is a folder. Name a file in it.")

@@ -1,0 +1,1 @@
+"""The documentation: pages in Markdown, and the scripts that write the generated ones."""

@@ -1,0 +1,76 @@
+"""Load evaluation batches: every sample once, in the index's order, with its label.
+
+Images are resized, cropped around the center and normalized.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+from pipelines.decode_torch import decode
+from pipelines.decoder import DecodeError
+from pipelines.photometric import normalize
+from pipelines.prefetch import Prefetcher
+from shards.errors import UserError
+from shards.index import BadSample, ShardIndex
+
+# The ends of an image that is longer than this many times its short side are cut off before the resize. They are far
+# outside the crop, and a strip of 2000×2 pixels would become one of 256000×256.
+_LONGEST = 8
+
+
+def load_labeled_batches(
+    index: ShardIndex, batch: int, resize: int, crop: int, threads: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield images [B, 3, crop, crop], float32, channels-last, and their labels [B], int64, both on the CPU.
+
+    `threads` threads make the batches ahead. The last batch may be smaller. Raises UserError, which names the sample,
+    if a sample cannot be read.
+    """
+    batches = _make_batches(index, batch, resize, crop, threads)
+    with Prefetcher(batches, 2, "reading evaluation batches") as prefetched:
+        yield from prefetched
+
+
+def _make_batches(
+    index: ShardIndex, batch: int, resize: int, crop: int, threads: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    def load_image(number: int) -> Tensor:
+        try:
+            return resize_and_crop(_decode_sample(index, number), resize, crop)
+        except BadSample as error:
+            raise UserError(f"{index.folder}: cannot read {error}. Run `make-shards check {index.folder}`") from error
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="evaluate") as pool:
+        for first in range(0, len(index), batch):
+            numbers = range(first, min(first + batch, len(index)))
+            images = torch.stack(list(pool.map(load_image, numbers)))
+            out = torch.empty(len(numbers), 3, crop, crop).contiguous(memory_format=torch.channels_last)
+            normalize(images, out)
+            yield out, torch.from_numpy(np.asarray(index.labels[first : first + len(numbers)], np.int64))
+
+
+def _decode_sample(index: ShardIndex, number: int) -> Tensor:
+    """Return the image of a sample, uint8 [3, H, W]. Raises BadSample."""
+    try:
+        return decode(index.read([number])[0])
+    except DecodeError as error:
+        raise index.make_bad_sample(number, str(error)) from error
+
+
+def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
+    """Resize the short side of uint8 [3, H, W] to `resize` pixels, and return its center as uint8 [crop, crop, 3].
+
+    The resize is bicubic with antialiasing.
+    """
+    height, width = image.shape[1:]
+    longest = _LONGEST * min(height, width)
+    if max(height, width) > longest:
+        image = F.center_crop(image, [min(height, longest), min(width, longest)])
+    image = F.resize(image, [resize], InterpolationMode.BICUBIC, antialias=True)
+    return F.center_crop(image, [crop, crop]).permute(1, 2, 0)
