@@ -149,9 +149,9 @@ def test_the_host_reads_nothing_but_whether_gradients_are_finite(precision: Prec
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_a_step_that_is_not_finite_changes_nothing_that_lasts(precision: Precision) -> None:
     step = _scaled_to_fit(precision) if precision == "fp16" else _step(precision)
-    step(*_flat(_crops(0)), HYPER)
+    step(*_flat(_crops(0, batch=2)), HYPER)
     before = copy.deepcopy(step.state_dict())
-    globals_, locals_ = _flat(_crops(1))
+    globals_, locals_ = _flat(_crops(1, batch=2))
     globals_[0, 0, 0, 0] = torch.nan
     out = step(globals_, locals_, HYPER)
     assert out.skipped.item() == 1
@@ -165,7 +165,7 @@ def test_a_step_that_is_not_finite_changes_nothing_that_lasts(precision: Precisi
                     assert after[name][key].isfinite().all(), key
     assert torch.equal(after["center"], before["center"])
     torch.testing.assert_close(after["optimizer"], before["optimizer"], rtol=0, atol=0)
-    out = step(*_flat(_crops(2)), HYPER)
+    out = step(*_flat(_crops(2, batch=2)), HYPER)
     assert out.skipped.item() == 0
     assert out.loss.isfinite()
 
@@ -217,7 +217,7 @@ def test_master_weights_stay_float32_and_move(precision: Precision) -> None:
     step = _scaled_to_fit(precision)
     before = copy.deepcopy(step.student.state_dict())
     for t in range(2):
-        step(*_flat(_crops(t)), HYPER)
+        step(*_flat(_crops(t, batch=2)), HYPER)
     for name, tensor in step.student.named_parameters():
         assert tensor.dtype == torch.float32
         assert tensor.isfinite().all()
@@ -274,12 +274,12 @@ def test_a_state_without_a_loss_scale_begins_a_new_one() -> None:
 @pytest.mark.parametrize(("precision", "name"), [("fp32", "adamw"), ("fp16", "sgd"), ("bf16", "lars")])
 def test_a_restored_step_goes_on_bit_for_bit(precision: Precision, name: str, tmp_path: Path) -> None:
     step = _scaled_to_fit(precision, name=name)
-    step(*_flat(_crops(0)), HYPER)
+    step(*_flat(_crops(0, batch=2)), HYPER)
     torch.save(step.state_dict(), tmp_path / "state.pt")
     restored = _step(precision, name=name)
     restored.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     for s in (step, restored):
-        assert s(*_flat(_crops(1)), HYPER).skipped == 0
+        assert s(*_flat(_crops(1, batch=2)), HYPER).skipped == 0
     torch.testing.assert_close(restored.state_dict(), step.state_dict(), rtol=0, atol=0)
 
 
