@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from shards import commands
-from shards.arguments import parse_arguments
+from shards.arguments import build_parser, parse_arguments
+from shards.completion import print_completion
 from shards.errors import UserError
 from shards.text import escape_unprintable
 
@@ -23,10 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status: 0 done, 1 failed, 2 wrong call, 130 interrupted."""
     _open_streams()
     arguments = parse_arguments(argv)
-    if arguments.command is None:
-        arguments.parser.print_help()
-        return 0
     try:
+        if arguments.print_completion:
+            print_completion(build_parser(), arguments.print_completion)
+            return 0
+        if arguments.command is None:
+            arguments.parser.print_help()
+            return 0
         _refuse_other_encodings()
         return _COMMANDS[arguments.command](arguments)
     except UserError as error:

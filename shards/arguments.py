@@ -20,6 +20,7 @@ from shards.argument_types import (
     parse_side,
     parse_workers,
 )
+from shards.completion import SHELLS
 from shards.images.rules import ImageRules
 from shards.packing.plan import Options
 from shards.sources.scan import FORMATS
@@ -70,6 +71,12 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="'make-shards COMMAND --help' explains the arguments of a command.",
     )
     parser.add_argument("--version", action="version", version=f"make-shards {version()}")
+    parser.add_argument(
+        "--print-completion",
+        metavar="SHELL",
+        choices=SHELLS,
+        help="print the completion script of bash, zsh or tcsh; save and source it",
+    )
     parser.set_defaults(parser=parser)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     _add_pack(commands)

@@ -36,8 +36,8 @@ ROOMS = {
     "shards": (
         ("__main__",),
         ("commands",),
-        ("arguments", "completion"),
-        ("argument_types", "messages"),
+        ("arguments",),
+        ("argument_types", "completion", "messages"),
         ("inspect",),
         ("packing",),
         ("sources",),

@@ -302,3 +302,12 @@ def test_an_image_that_takes_too_long_is_rejected_names_by_name(command: Command
     reasons = {entry.source: entry.reason for entry in index.manifest.rejected}
     assert reasons["cat/huge.jpg"] == "takes more than 0.1 s of CPU time (--image-seconds)"
     assert len(reasons) == 5
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
+def test_it_prints_the_completion_of_a_shell(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("shtab")
+    assert main(["--print-completion", shell]) == 0
+    words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
+    assert {"pack", "index", "check", "info", "show"} <= words
+    assert any("shard-size" in word for word in words)
