@@ -43,7 +43,7 @@ NO_SCALING = None, None, None, None
 
 
 class Statistics(NamedTuple):
-    """Of every channel of a batch, over all ranks: float32 [C] each."""
+    """The statistics of every channel of a batch, over all ranks: float32 [C] each."""
 
     mean: Tensor
     inverse_std: Tensor
@@ -51,7 +51,7 @@ class Statistics(NamedTuple):
 
 
 class _Layer(NamedTuple):
-    """A norm at work."""
+    """A norm with the statistics of the batch at hand."""
 
     x: Tensor
     weight: Tensor
@@ -64,18 +64,18 @@ class _Layer(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "_Layer":
-        """What `tensors` gave."""
+        """Return the layer from what `tensors` returned."""
         x, weight, bias, *statistics = tensors
         return cls(x, weight, bias, Statistics(*statistics))
 
     @property
     def scaling(self) -> tuple[Tensor, ...]:
-        """What kernels take of a norm."""
+        """Return what kernels take of a norm."""
         return self.weight, self.bias, self.statistics.mean, self.statistics.inverse_std
 
 
 class _Grid(NamedTuple):
-    """How a matrix [rows, channels] is shared out among programs."""
+    """How a matrix [rows, channels] is divided among programs."""
 
     programs: int
     stretches: int  # programs that take the same channels
@@ -83,14 +83,14 @@ class _Grid(NamedTuple):
 
 
 def norm_relu(x: Tensor, norm: _BatchNorm) -> Tensor:
-    """relu(norm(x)) of x [N, C, H, W]. Moves norm's running statistics."""
+    """Return relu(norm(x)) of x [N, C, H, W], and update the running statistics of `norm`."""
     return _NormRelu.apply(_channels_last(x), norm.weight, norm.bias, norm)
 
 
 def norm_add_relu(
     x: Tensor, norm: _BatchNorm, residual: Tensor, residual_norm: _BatchNorm | None = None
 ) -> tuple[Tensor, Tensor]:
-    """relu(norm(x) + residual) of x and residual [N, C, H, W], or with residual_norm(residual) instead of residual.
+    """Return relu(norm(x) + residual) of x and residual [N, C, H, W], or the same with residual_norm(residual).
 
     The result comes twice: one for each of the two operations that take it in the next block, whose gradients are then
     added within the backward pass's first kernel.
@@ -102,7 +102,7 @@ def norm_add_relu(
 
 
 def norm_relu_pool(x: Tensor, norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """max_pool2d(relu(norm(x)), 3, stride=2, padding=1) of x [N, C, H, W], twice as `norm_add_relu`."""
+    """Return max_pool2d(relu(norm(x)), 3, stride=2, padding=1) of x [N, C, H, W], twice as `norm_add_relu`."""
     return _NormReluPool.apply(_channels_last(x), norm.weight, norm.bias, norm)
 
 
@@ -120,7 +120,7 @@ def _grid(x: Tensor, programs: int | None = None) -> _Grid:
 
 
 def _pool_grid(x: Tensor, places: Tensor, programs: int | None = None) -> _Grid:
-    """As `_grid`, for the stem's tiles, over the pixels of its output."""
+    """Return the same as `_grid`, for the stem's tiles, over the pixels of its output."""
     return _share_out(places, programs, QUAD_BYTES // x.element_size(), CHANNELS // 2)
 
 
@@ -142,7 +142,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def _statistics(x: Tensor, norm: _BatchNorm) -> Statistics:
-    """Those of x over all ranks. Moves the norm's running statistics towards them. ValueError for a single value."""
+    """Return the statistics of x over all ranks, and update the running ones. Raises ValueError for a single value."""
     if _rows(x) * world_size() == 1:
         raise ValueError(f"batch norm needs more than one value a channel, got {tuple(x.shape)}")
     grid, channels = _grid(x, VALUE_PROGRAMS), x.shape[1]
@@ -160,7 +160,7 @@ def _statistics(x: Tensor, norm: _BatchNorm) -> Statistics:
 
 @torch.no_grad()
 def _over_ranks(found: Tensor, norm: _BatchNorm) -> Statistics:
-    """From each rank's mean, sum of squared deviations and count, by the formula of Chan et al. 1979."""
+    """Combine each rank's mean, sum of squared deviations and count, by the formula of Chan et al. 1979."""
     gathered = found.new_empty(world_size() * len(found))
     dist.all_gather_into_tensor(gathered, found)
     channels = len(found) // 2
@@ -292,13 +292,13 @@ class _NormReluPool(torch.autograd.Function):
 
 
 def _both(one: Tensor | None, two: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The gradients that there are, channels-last. One is there: else there would be no backward pass."""
+    """Return the gradients that exist, channels-last. At least one does: else there would be no backward pass."""
     first, *rest = [_channels_last(grad) for grad in (one, two) if grad is not None]
     return first, rest[0] if rest else None
 
 
 def _launch_normalize(layer: _Layer, residual: Tensor | None, around: _Layer | None) -> Tensor:
-    """The ReLU of the layer's normalized x, plus `residual`, which is normalized too where it is `around`'s x."""
+    """Return the ReLU of the layer's normalized x plus `residual`, which is normalized too if it is `around`'s x."""
     x, grid, y = layer.x, _grid(layer.x), torch.empty_like(layer.x)
     with torch.cuda.device_of(x):
         _normalize[(grid.programs,)](
@@ -328,7 +328,7 @@ def _launch_gradient_sums(
 
 
 def _launch_gradient(layer: _Layer, grad: Tensor, sums: Tensor, relu: bool) -> Tensor:
-    """Of the layer's x; relu: where its normalized value was positive."""
+    """Return the gradient of the layer's x. relu: pass it only where the normalized value was positive."""
     x, grid, grad_x = layer.x, _grid(layer.x), torch.empty_like(layer.x)
     with torch.cuda.device_of(x):
         _input_gradient[(grid.programs,)](
@@ -346,7 +346,7 @@ def _launch_gradient(layer: _Layer, grad: Tensor, sums: Tensor, relu: bool) -> T
 
 @triton.jit
 def _sum_values(x, parts, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Into `parts` [2, stretches, channels]: Σ (x − s) and Σ (x − s)² of a program's tiles, with s the first row."""
+    """Store into `parts` [2, stretches, channels] Σ (x − s) and Σ (x − s)² of a program's tiles; s is the first row."""
     first, step, channel, inside = _place(channels, CHANNELS)
     shift = tl.load(x + channel, mask=inside, other=0.0).to(tl.float32)
     total, squares = tl.full((ROWS, CHANNELS), 0.0, tl.float32), tl.full((ROWS, CHANNELS), 0.0, tl.float32)
@@ -366,9 +366,11 @@ def _settle_statistics(
     x, parts, found, running_mean, running_var, tracked, stretches, rows, channels, momentum, eps,
     ALONE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Into `found` [2 · channels + 1]: means, inverse standard deviations (not ALONE: squared deviations), and rows.
+    """Store into `found` [2 · channels + 1] means, inverse standard deviations and the number of rows.
 
-    ALONE it moves the running statistics, whose variance is the unbiased one.
+    If not ALONE, it stores squared deviations instead of inverse standard deviations.
+
+    ALONE, it also updates the running statistics, whose variance is the unbiased one.
     """
     _, _, channel, inside = _place(channels, CHANNELS)
     total, squares = _sum_parts(parts, parts + stretches * channels, stretches, channel, inside, channels, CHANNELS)
@@ -396,7 +398,7 @@ def _normalize(
     x, weight, bias, mean, inverse_std, residual, residual_weight, residual_bias, residual_mean, residual_inverse_std,
     y, rows, channels, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """y = max(0, (x − mean) · weight / std + bias + residual), of which any part may be missing."""
+    """Compute y = max(0, (x − mean) · weight / std + bias + residual), of which any part may be missing."""
     number, _, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
     if residual_weight is not None:
@@ -419,7 +421,7 @@ def _sum_gradients(
     grad, more, y, x, weight, bias, mean, inverse_std, residual, residual_mean, grad_y, parts, rows, channels,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Into `parts` [2 or 3, stretches, channels]: Σ g and Σ g · (x − mean) of a program's tiles, and of a residual.
+    """Store into `parts` [2 or 3, stretches, channels] Σ g and Σ g · (x − mean) of a program's tiles and a residual's.
 
     g is `grad` and `more`, where the ReLU's output was positive: by `y`, or where there is none by x. It is stored
     into `grad_y` if that is there.
@@ -457,7 +459,7 @@ def _sum_gradients(
 
 @triton.jit
 def _settle_sums(totals, products, sums, inverse_std, stretches, channels, CHANNELS: tl.constexpr):
-    """Into `sums` [2, channels]: Σ g and Σ g · (x − mean) / std, the gradients of bias and weight."""
+    """Store into `sums` [2, channels] Σ g and Σ g · (x − mean) / std, the gradients of bias and weight."""
     _, _, channel, inside = _place(channels, CHANNELS)
     total, product = _sum_parts(totals, products, stretches, channel, inside, channels, CHANNELS)
     tl.store(sums + channel, total, mask=inside)
@@ -492,7 +494,7 @@ def _pool(
     x, weight, bias, mean, inverse_std, y, places, rows, channels, height, width, pooled_height, pooled_width,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The largest of a window's normalized values that is not negative, and which of its nine pixels has it.
+    """Find the largest of a window's normalized values that is not negative, and which of its nine pixels has it.
 
     Where a channel's scale is positive that is the pixel of the largest x, else of the smallest; the first of equal
     ones. A NaN among them need not be looked for: it makes the channel's mean NaN, and so all of its results.
@@ -524,7 +526,7 @@ def _pool_gradient_sums(
     grad, more, places, x, weight, bias, mean, inverse_std, parts, rows, channels, height, width, pooled_height,
     pooled_width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """As `_sum_gradients`, with the gradient of the pooled output."""
+    """Do what `_sum_gradients` does, with the gradient of the pooled output."""
     first, step, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
     total, products = tl.full((ROWS, CHANNELS), 0.0, tl.float32), tl.full((ROWS, CHANNELS), 0.0, tl.float32)
@@ -550,7 +552,7 @@ def _pool_gradient(
     grad, more, places, x, weight, bias, mean, inverse_std, sums, count, grad_x, rows, channels, height, width,
     pooled_height, pooled_width, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """As `_input_gradient`, with the gradient of the pooled output."""
+    """Do what `_input_gradient` does, with the gradient of the pooled output."""
     number, _, channel, inside = _place(channels, CHANNELS)
     center, scale, shift = _scaling(weight, bias, mean, inverse_std, channel, inside)
     level, slope = _correction(sums, count, inverse_std, channel, inside, channels)
@@ -617,7 +619,7 @@ def _if_there(window, NUMBER: tl.constexpr):
 
 @triton.jit
 def _corner(x, image, top, left, CORNER: tl.constexpr, there, channel, inside, channels, height, width):
-    """Value, mask and place of a pixel of each quad."""
+    """Return value, mask and place of a pixel of each quad."""
     down, right = 2 * top + CORNER // 2, 2 * left + CORNER % 2
     place = _places((image * height + down) * width + right, channel, channels)
     taken = (there & (down < height) & (right < width))[:, None] & inside[None, :]
@@ -626,7 +628,7 @@ def _corner(x, image, top, left, CORNER: tl.constexpr, there, channel, inside, c
 
 @triton.jit
 def _pixel(pixel, height, width):
-    """Image, row and column of a pixel's number."""
+    """Return image, row and column of a pixel's number."""
     line = pixel // width
     return line // height, line % height, pixel % width
 
@@ -656,20 +658,20 @@ def _rows_of(number, ROWS: tl.constexpr):
 
 @triton.jit
 def _tile(number, rows, channel, inside, channels, ROWS: tl.constexpr):
-    """Places and mask of a tile's values."""
+    """Return places and mask of a tile's values."""
     row = _rows_of(number, ROWS)
     return _places(row, channel, channels), (row < rows)[:, None] & inside[None, :]
 
 
 @triton.jit
 def _places(row, channel, channels):
-    """In memory, in 64 bits."""
+    """Return the places of values in memory, in 64 bits."""
     return row.to(tl.int64)[:, None] * channels + channel[None, :]
 
 
 @triton.jit
 def _scaling(weight, bias, mean, inverse_std, channel, inside):
-    """What a channel's values are centered by, multiplied with, and shifted by."""
+    """Return what a channel's values are centered by, multiplied with, and shifted by."""
     scale = tl.load(weight + channel, mask=inside, other=0.0) * tl.load(inverse_std + channel, mask=inside, other=0.0)
     center = tl.load(mean + channel, mask=inside, other=0.0)
     return center, scale, tl.load(bias + channel, mask=inside, other=0.0)
@@ -682,7 +684,7 @@ def _scaled(value, center, scale, shift):
 
 @triton.jit
 def _correction(sums, count, inverse_std, channel, inside, channels):
-    """What the gradient of a channel loses through its mean, and through its deviation for each unit from the mean."""
+    """Return what the gradient of a channel loses through its mean, and through each unit of deviation from it."""
     n = tl.load(count)
     level = tl.load(sums + channel, mask=inside, other=0.0) / n
     slope = tl.load(sums + channels + channel, mask=inside, other=0.0) / n
@@ -696,7 +698,7 @@ def _store_part(parts, NUMBER: tl.constexpr, part, first, stretches, channel, in
 
 @triton.jit
 def _sum_parts(first_parts, second_parts, stretches, channel, inside, channels, CHANNELS: tl.constexpr):
-    """Both sums of each channel over all stretches."""
+    """Return both sums of each channel over all stretches."""
     STEP: tl.constexpr = 256
     one, two = tl.full((STEP, CHANNELS), 0.0, tl.float32), tl.full((STEP, CHANNELS), 0.0, tl.float32)
     for first in tl.range(0, stretches, STEP, num_stages=STAGES):

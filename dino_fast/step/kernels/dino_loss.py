@@ -46,7 +46,7 @@ def fused_dino_loss(
     teacher_temp: Tensor,
     views: int,
 ) -> Objective:
-    """`loss.dino_loss`, `loss.teacher_entropy` and `loss.teacher_mean` of the same arguments, as float32.
+    """Return `loss.dino_loss`, `loss.teacher_entropy` and `loss.teacher_mean` of the same arguments, as float32.
 
     student_logits: [V·B, K], view-major, the two global views first; teacher_logits: [2·B, K]; both contiguous, of
     float16, bfloat16 or float32. center: [1, K], float32, contiguous. teacher_temp: one float32 on their device, read
@@ -82,7 +82,7 @@ def _check(student: Tensor, teacher: Tensor, center: Tensor, teacher_temp: Tenso
 
 
 class _Workspace(NamedTuple):
-    """All that a loss allocates besides its results. Statistics and the center live until the backward pass.
+    """The memory that a loss allocates besides its results. Statistics and the center live until the backward pass.
 
     With blocks = ⌈K / block⌉ of block = PARTS_TILE / V prototypes, it takes
 
@@ -119,7 +119,7 @@ def _workspace(center: Tensor, batch: int, views: int) -> _Workspace:
 
 
 def _block(views: int, tile: int) -> int:
-    """How many prototypes a program takes at once."""
+    """Return how many prototypes a program takes at once."""
     return tile // triton.next_power_of_2(views)
 
 
@@ -180,7 +180,7 @@ def _partials(
     student, teacher, center, teacher_temp, student_parts, teacher_parts, column_means, sharpness, batch, prototypes,
     VIEWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, IMAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A block of prototypes of a group of images: their parts, and the group's column means.
+    """Store the parts of a block of prototypes of a group of images, and the group's column means.
 
     WHOLE: no block is cut short, so that nothing has to be looked at twice.
     """
@@ -233,7 +233,7 @@ def _combine(
     student_parts, teacher_parts, teacher_temp, student_stats, teacher_stats, terms, sharpness, batch, blocks,
     VIEWS: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """An image's statistics and terms from the parts of its blocks, each brought to the maximum of its whole row."""
+    """Compute an image's statistics and terms from the parts of its blocks, each scaled to its row's maximum."""
     image = tl.program_id(0).to(tl.int64)
     block, view = tl.arange(0, SLOTS), tl.arange(0, ROWS)
     there, exists = block < blocks, view < VIEWS
@@ -286,7 +286,7 @@ def _gradient(
     student, teacher, center, teacher_temp, student_stats, teacher_stats, grad_loss, sharpness, share, batch,
     prototypes, VIEWS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of prototypes of an image: grad_loss · share · (n_s · softmax(s) − Σ_{t≠s} q_t) in the place of s.
+    """Overwrite s, for a block of prototypes of an image, with grad_loss · share · (n_s · softmax(s) − Σ_{t≠s} q_t).
 
     n_s is the number of teacher views t ≠ s: 1 for the two global views, 2 for locals.
     """
@@ -312,7 +312,7 @@ def _gradient(
 
 @triton.jit
 def _target(teacher, teacher_stats, shift, sharpness, row, column, inside, prototypes):
-    """The probabilities of a block of a teacher row."""
+    """Return the probabilities of a block of a teacher row."""
     logits = tl.load(teacher + row * prototypes + column, mask=inside, other=0.0).to(tl.float32)
     top, weight = tl.load(teacher_stats + row * 2), tl.load(teacher_stats + row * 2 + 1)
     return tl.exp(tl.where(inside, logits - shift - top, FLOOR) * sharpness) * weight

@@ -101,7 +101,7 @@ class FusedUpdate:
 
     @torch.no_grad()
     def __call__(self, hyper: Tensor, inverse_scale: Tensor | None = None) -> UpdateOutput:
-        """One update. hyper: float32 [5] on the device, as `pack` orders it.
+        """Make one update. hyper: float32 [5] on the device, as `pack` orders it.
 
         inverse_scale: float32, one element on the device, what gradients are multiplied by first; None: 1.
         """
@@ -139,7 +139,7 @@ class FusedUpdate:
         self._half = _HALVES[kinds.pop()] if kinds else None
 
     def _rows(self, averages: list[Tensor], numels: list[int]) -> list[list[int]]:
-        """The table. Creates the states that the optimizer has not got yet."""
+        """Return the table. Creates the states that the optimizer does not have yet."""
         ends = list(accumulate(triton.cdiv(numel, CHUNK.value) for numel in numels))
         rows = []
         for param, average, numel, first, end in zip(self._params, averages, numels, [0, *ends], ends, strict=False):
@@ -158,12 +158,15 @@ class FusedUpdate:
         return [state[name] for name in self._rule.states]
 
     def _flags(self, param: Tensor) -> list[bool]:
-        """DECAYS, ADAPTS and FROZEN. The groups of `build_optimizer` spare 1-D tensors, LARS does not adapt them."""
+        """Return DECAYS, ADAPTS and FROZEN.
+
+        The groups of `build_optimizer` spare 1-D tensors, LARS does not adapt them.
+        """
         decays = param in self._groups and self._groups[param]["decays"]
         return [decays, self._rule.lars and param.ndim != 1, param in self.frozen]
 
     def _allocate(self, rows: list[list[int]], chunks: list[tuple[int, int]]) -> None:
-        """What the kernels read and write besides the tensors of the networks and the optimizer, on their device."""
+        """Allocate what the kernels read and write besides the tensors of networks and optimizer, on their device."""
         device, tensors = self._params[0].device, len(rows)
         self._table = torch.tensor(rows, dtype=torch.int64, device=device)  # [tensors, COLUMNS]
         self._chunks = torch.tensor(chunks, dtype=torch.int64, device=device)  # [chunks, 2]: tensor, first value
@@ -177,7 +180,7 @@ class FusedUpdate:
         self._steps = self._shared_steps(device)
 
     def _shared_steps(self, device: torch.device) -> Tensor:
-        """AdamW's step counts, [tensors], of which the optimizer's states become views."""
+        """Return AdamW's step counts, [tensors], of which the optimizer's states become views."""
         states = [self.optimizer.state[param] if param in self._groups else {} for param in self._params]
         steps = torch.tensor([float(state.get("step", 0)) for state in states], device=device)
         if self._rule.adamw:
@@ -204,12 +207,15 @@ class FusedUpdate:
 
 
 def pack(hyper: Hyper) -> list[float]:
-    """The five values, in order, of the tensor that an update takes. 1 - momentum would lose digits in float32."""
+    """Return the five values, in order, of the tensor that an update takes.
+
+    1 - momentum would lose digits in float32.
+    """
     return [hyper.lr, hyper.weight_decay, hyper.momentum, 1 - hyper.momentum, float(hyper.freeze_last_layer)]
 
 
 def _rule(optimizer: Optimizer) -> _Rule:
-    """How the optimizer updates. Raises ValueError for one that `build_optimizer` does not build."""
+    """Return how the optimizer updates. Raises ValueError for one that `build_optimizer` does not build."""
     group: dict[str, Any] = optimizer.param_groups[0]
     if isinstance(optimizer, torch.optim.AdamW):
         beta1, beta2 = group["betas"]
@@ -235,7 +241,7 @@ def _check(name: str, param: Tensor, average: Tensor) -> None:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether its values fill one piece of memory, in whatever order of dimensions."""
+    """Return whether its values fill one piece of memory, in whatever order of dimensions."""
     expected = 1
     for stride, size in sorted((stride, size) for size, stride in _layout(tensor)):
         if stride != expected:
@@ -245,12 +251,12 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _layout(tensor: Tensor) -> list[tuple[int, int]]:
-    """Size and stride of each dimension that is longer than 1: the stride of the others means nothing."""
+    """Return size and stride of each dimension that is longer than 1: the stride of the others means nothing."""
     return [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size != 1]
 
 
 def _like(param: Tensor, tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it where its type, device or memory order is not that of `param`."""
+    """Return `tensor`, or a copy of it where its type, device or memory order is not that of `param`."""
     alike = tensor.stride() == param.stride() or _layout(tensor) == _layout(param)
     if alike and tensor.dtype == param.dtype and tensor.device == param.device:
         return tensor
@@ -262,18 +268,18 @@ def _gradient(param: Tensor) -> Tensor | None:
 
 
 def _chunks(numels: list[int]) -> list[tuple[int, int]]:
-    """Tensor number and first value of each chunk."""
+    """Return the tensor number and the first value of each chunk."""
     return [(tensor, first) for tensor, numel in enumerate(numels) for first in range(0, numel, CHUNK.value)]
 
 
 def _aligned(addresses: list[int], numels: list[int]) -> bool:
-    """Whether four values at a time can be read everywhere, and the kernels may be compiled to do so."""
+    """Return whether four values at a time can be read everywhere, and the kernels may be compiled to do so."""
     return all(address % 16 == 0 for address in addresses) and all(numel % 4 == 0 for numel in numels)
 
 
 @triton.jit
 def _measure(table, gradients, chunks, sums, inverse_scale, LARS: tl.constexpr, ALIGNED: tl.constexpr):
-    """Into `sums` [rows, chunks], of a chunk: Σ g², how many g are not finite, and for LARS Σ g·p and Σ p².
+    """Store into `sums` [rows, chunks], for a chunk, Σ g², how many g are not finite, and for LARS Σ g·p and Σ p².
 
     g is the gradient, unscaled. All are 0 for a tensor without one.
     """
@@ -353,7 +359,7 @@ def _settle(
 
 @triton.jit
 def _trust_ratio(squares, products, sizes, clip, decay, ETA: tl.constexpr):
-    """η·‖p‖/‖c·g + d·p‖ of LARS (You et al. 2017), or 1 where a norm is 0.
+    """Return η·‖p‖/‖c·g + d·p‖ of LARS (You et al. 2017), or 1 where a norm is 0.
 
     The update's norm comes from Σ g², Σ g·p and Σ p², in float64. Where c·g and d·p nearly cancel, to 1/κ of their
     length, it is κ² float64 roundings off. The norm of float32 sums would be κ float32 roundings off, which is more up
@@ -366,7 +372,7 @@ def _trust_ratio(squares, products, sizes, clip, decay, ETA: tl.constexpr):
 
 @triton.jit
 def _bias_correction(BETA: tl.constexpr, step):
-    """1 - β^step in float64, of AdamW (Loshchilov and Hutter 2019)."""
+    """Return 1 - β^step in float64, of AdamW (Loshchilov and Hutter 2019)."""
     return 1 - tl.exp(step.to(tl.float64) * tl.log(tl.full((), BETA, tl.float64)))
 
 
@@ -376,7 +382,7 @@ def _move(
     ADAMW: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr, HALF_TYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """The student's chunk by the optimizer's rule, where it moves, and the teacher's towards it.
+    """Move the student's chunk by the optimizer's rule, unless it stays, and the teacher's towards it.
 
     HALF_TYPE: of the copies that some tensors have, None where none has.
     """
@@ -421,7 +427,7 @@ def _move(
 
 @triton.jit
 def _place(chunks, table, ALIGNED: tl.constexpr):
-    """A program's chunk: the tensor's number, its row of the table, and the chunk's first value and its end."""
+    """Return a program's chunk: the tensor's number, its row of the table, and the chunk's first value and its end."""
     mine = chunks + tl.program_id(0) * 2
     tensor, first = tl.load(mine), tl.multiple_of(tl.load(mine + 1), CHUNK)
     row = table + tensor * COLUMNS
@@ -433,7 +439,7 @@ def _place(chunks, table, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _memory(address, ALIGNED: tl.constexpr, TYPE: tl.constexpr = tl.float32):
-    """The memory whose address lies at `address`."""
+    """Return the memory whose address lies at `address`."""
     pointer = tl.load(address).to(tl.pointer_type(TYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)  # bytes; a bare number says nothing about it
@@ -442,7 +448,7 @@ def _memory(address, ALIGNED: tl.constexpr, TYPE: tl.constexpr = tl.float32):
 
 @triton.jit
 def _sum(values, first, end):
-    """Σ values[first:end] in float64."""
+    """Return Σ values[first:end] in float64."""
     total = tl.full((BLOCK,), 0.0, tl.float64)
     for start in range(first, end, BLOCK):
         inside = tl.arange(0, BLOCK) < end - start
