@@ -58,7 +58,7 @@ docs: setup ## write the generated pages, and build the documentation into site/
 	@$(PY) -c "import material" 2>/dev/null \
 	  || $(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[$(EXTRAS),docs]"
 	@$(PY) -m docs.generate
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict -f - < docs/mkdocs.yml
 
 clean: ## remove caches only: never .venv, shards or outputs
 	@rm -rf .pytest_cache .ruff_cache .mypy_cache .hypothesis build *.egg-info

@@ -24,7 +24,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.records import add_run_arguments, make_records, report, save_partial
+from bench.records import add_layer_arguments, add_run_arguments, make_records, report, save_partial
 from bench.roofline import measure_copy_bandwidth, measure_gemm_rate
 from bench.step_recipe import choose_device
 from bench.timing import Figures, measure_device_time, run_interleaved
@@ -163,15 +163,10 @@ def add_step(rounds: dict[str, list[Figures]], layers: Counter[Layer], bounds: d
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128 if gpu else 1, help="images in a batch (default %(default)s)")
-    parser.add_argument("--backbone", default="resnet50", metavar="NAME", help="a ResNet (resnet50)")
+    add_layer_arguments(parser)
     parser.add_argument(
         "--side", type=int, nargs="+", default=[224, 96], help="sides of global and local views in pixels (224 96)"
-    )
-    parser.add_argument(
-        "--iterations", type=int, default=10 if gpu else 1, help="calls in a round (default %(default)s)"
     )
     add_run_arguments(parser, rounds=3)
     return parser.parse_args()

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.records import add_run_arguments, make_records, report, save_partial
+from bench.records import add_layer_arguments, add_run_arguments, make_records, report, save_partial
 from bench.roofline import measure_copy_bandwidth
 from bench.step_recipe import choose_device
 from bench.timing import Figures, measure_device_time, print_left_out, run_interleaved
@@ -211,14 +211,9 @@ def add_network(rounds: dict[str, list[Figures]], layers: Counter[Layer]) -> Non
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
-    gpu = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=128 if gpu else 1, help="images in a batch (default %(default)s)")
-    parser.add_argument("--backbone", default="resnet50", metavar="NAME", help="a ResNet (resnet50)")
+    add_layer_arguments(parser)
     parser.add_argument("--side", type=int, default=SIDE, help="side of an image in pixels (224)")
-    parser.add_argument(
-        "--iterations", type=int, default=10 if gpu else 1, help="calls in a round (default %(default)s)"
-    )
     parser.add_argument("--sweep", action="store_true", help="measure the kernels with other sizes, instead of torch")
     add_run_arguments(parser, rounds=3)
     return parser.parse_args()

@@ -29,6 +29,16 @@ def add_run_arguments(parser: argparse.ArgumentParser, rounds: int) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append the records to this file, as JSON lines")
 
 
+def add_layer_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add --batch, --backbone and --iterations, for benchmarks of single layers."""
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--batch", type=int, default=128 if gpu else 1, help="images in a batch (default %(default)s)")
+    parser.add_argument("--backbone", default="resnet50", metavar="NAME", help="a ResNet (resnet50)")
+    parser.add_argument(
+        "--iterations", type=int, default=10 if gpu else 1, help="calls in a round (default %(default)s)"
+    )
+
+
 def make_record(bench: str, arm: str, metric: str, unit: str, figures: list[float]) -> Record:
     """Return one record: the median and the quartiles of an arm's figures, and how they were measured."""
     quartiles = statistics.quantiles(figures, n=4, method="inclusive") if len(figures) > 1 else [figures[0]] * 3

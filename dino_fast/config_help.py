@@ -63,10 +63,10 @@ def format_help(prog: str, groups: Mapping[str, Sequence[str]], first_sentence_o
 
 def group_all_settings() -> dict[str, list[str]]:
     """Return the dotted names of all settings, grouped by the descriptions of their sections."""
-    groups: dict[str, list[str]] = {}
+    groups, settings = {}, list_settings(Recipe)
     for prefix, section in list_sections():
         names = [f"{prefix}{field.name}" for field in dataclasses.fields(section)]
-        groups[inspect.getdoc(section) or prefix] = [name for name in names if name in list_settings(Recipe)]
+        groups[inspect.getdoc(section) or prefix] = [name for name in names if name in settings]
     return groups
 
 

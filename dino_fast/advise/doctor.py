@@ -30,10 +30,11 @@ from rich.table import Column, Table
 
 from dino_fast.advise.advice import MEMORY, STEP, STORAGE, Machine, format_rate, give_advice
 from dino_fast.advise.isolated_stages import RankParts, make_stages
+from dino_fast.advise.own_flags import parse_own_flags
 from dino_fast.advise.plan_text import describe_views
 from dino_fast.config import Recipe, UsageError, read_recipe
 from dino_fast.distributed import Ranks, join_ranks
-from dino_fast.evaluate.arguments import explain_argument_error, parse_positive_number
+from dino_fast.evaluate.arguments import parse_positive_number
 from dino_fast.run.build import open_data, warn_of_slow_precision
 from pipelines.loader import count_default_threads
 from shards.errors import UserError
@@ -175,12 +176,7 @@ def inspect_machine(parts: RankParts) -> Machine:
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     """Return the doctor's own flags, and the recipe that the other flags describe. Raises UsageError."""
-    try:
-        own, rest = build_parser().parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UsageError(explain_argument_error(str(error))) from error
-    if own.json and not own.json.parent.is_dir():
-        raise UsageError(f"--json {own.json}: the folder {own.json.parent} does not exist. Create it first.")
+    own, rest = parse_own_flags(build_parser(), arguments)
     data = ["--data.train", own.data] if own.data else []
     return own, read_recipe([*rest, *data], "dino-fast doctor", also=list(vars(own)))
 

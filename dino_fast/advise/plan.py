@@ -12,22 +12,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dino_fast.advise.estimate import estimate_run, measure_train_set
+from dino_fast.advise.own_flags import parse_own_flags
 from dino_fast.advise.plan_text import format_plan
 from dino_fast.advise.schedule_plots import plot_schedules
 from dino_fast.config import Recipe, UsageError, read_recipe
-from dino_fast.evaluate.arguments import explain_argument_error, parse_positive_number, parse_whole_number
+from dino_fast.evaluate.arguments import parse_positive_number, parse_whole_number
 from dino_fast.run.schedules import Schedules
 from shards.errors import UserError
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
     """Return the plan's own flags, and the recipe that the other flags describe. Raises UsageError."""
-    try:
-        own, rest = build_parser().parse_known_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise UsageError(explain_argument_error(str(error))) from error
-    if own.json and not own.json.parent.is_dir():
-        raise UsageError(f"--json {own.json}: the folder {own.json.parent} does not exist. Create it first.")
+    own, rest = parse_own_flags(build_parser(), arguments)
     return own, read_recipe(rest, "dino-fast plan", also=[name.replace("_", "-") for name in vars(own)])
 
 

@@ -46,14 +46,6 @@ BATCH = 8
 HYPER = Hyper(lr=0.05, weight_decay=1e-4, momentum=0.9, teacher_temp=0.04, freeze_last_layer=False)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def _step(
     precision: Precision = "fp32", dtype: torch.dtype = torch.float32, center_momentum: float = 0.9, **head: Any
 ) -> TrainStep:

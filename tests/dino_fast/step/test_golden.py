@@ -7,7 +7,6 @@ last layer, the weight-decay groups, the schedules, the centre, the moving avera
 import json
 import math
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +33,6 @@ class Replay:
     reference: dict[str, Any]
     steps: list[dict[str, Any]]
     step: TrainStep
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Float64 convolutions this small lose more to waiting for a second thread than it computes."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module", params=RUNS, ids=[run["name"] for run in RUNS])

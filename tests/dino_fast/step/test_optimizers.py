@@ -72,13 +72,18 @@ def test_steps_equal_the_rule_written_out(name: Name, rule: object) -> None:
             torch.testing.assert_close(p.detach(), values[k], rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
-def test_a_tensor_without_gradient_is_left_alone(name: Name) -> None:
+def _after_one_step(name: Name) -> tuple[nn.Module, torch.optim.Optimizer]:
     model = _model()
     optimizer = build_optimizer(OptimRecipe(name=name), model)
     _give_gradients(model, 0)
     set_hyper(optimizer, 0.1, 0.1)
     optimizer.step()
+    return model, optimizer
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
+def test_a_tensor_without_gradient_is_left_alone(name: Name) -> None:
+    model, optimizer = _after_one_step(name)
     frozen = model.get_parameter("3.weight")
     before, state = frozen.detach().clone(), copy.deepcopy(optimizer.state[frozen])
     frozen.grad = None
@@ -99,11 +104,7 @@ def test_lars_does_not_rescale_where_a_norm_is_zero(zero: str) -> None:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars"])
 def test_a_restored_optimizer_goes_on_bit_for_bit(name: Name) -> None:
-    model = _model()
-    optimizer = build_optimizer(OptimRecipe(name=name), model)
-    _give_gradients(model, 0)
-    set_hyper(optimizer, 0.1, 0.1)
-    optimizer.step()
+    model, optimizer = _after_one_step(name)
     twin = copy.deepcopy(model)
     restored = build_optimizer(OptimRecipe(name=name), twin)
     restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
