@@ -2,15 +2,21 @@
 
     python -m bench.end_to_end SHARDS
     python -m bench.end_to_end SHARDS --arm ours-compiled --published --json bench/results/end_to_end.jsonl
+    python -m bench.end_to_end SHARDS --decode dali --decode_device gpu split --kernels kernels.jsonl
 
 Both arms run the same step in turn. --arm names it, one of the arms of bench/step.py. "step alone" repeats one batch of
 the loader. "loader + step" starts to load again in each round. It counts after 8 steps, when all batches that were made
-before the clock started are used. Between its rounds nothing is loaded. The figures of a round over --steps steps:
+before the clock started are used. Between its rounds nothing is loaded. The settings of `data` may have several values
+each. Then there is such an arm for every combination. The figures of a round over --steps steps:
 
 - images: images a second;
 - step: ms a step;
 - stall: percent of the time for which the step waited for batches, as the loader counts it;
+- busy cores: seconds of CPU cores for each second, with those of the loader's threads;
 - of the step alone: percent of the images a second of "step alone" in the same round.
+
+With --kernels, each arm but "published" runs --steps steps more under torch's profiler on a GPU. Each kernel and copy
+becomes one line of JSON: arm, kernel (the start of its name), class, launches a step, ms a step.
 
 With --published there is a third arm without our code: the published step of bench/baselines.py, fed by the published
 loader of bench/peers.py from the shards' images as files, with a worker process for each core. It counts after all that
@@ -19,17 +25,22 @@ the workers had made ahead is used.
 
 import argparse
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from bench import peers
+from bench.data_settings import add_data_settings, read_combinations
+from bench.kernel_classes import make_kernel_rows
 from bench.peer_views import Views as PeerViews
-from bench.records import make_records, report, save_partial
+from bench.records import make_records, report, save_partial, to_json_lines
 from bench.step_arms import ARM_KINDS, Step, Views, make_loader_views
 from bench.step_recipe import add_recipe_arguments, build_recipe, choose_device, describe_recipe
 from bench.timing import Figures, read_clock, run_interleaved
@@ -41,18 +52,16 @@ from shards.index import ShardIndex
 
 WARM_UP = 8  # steps, more than the loader's queues hold
 ALONE, FED, PUBLISHED = "step alone", "loader + step", "published loader + step"
-UNITS = {"images": "img/s", "step": "ms", "stall": "%", "of the step alone": "%"}
+UNITS = {"images": "img/s", "step": "ms", "stall": "%", "busy cores": "cores", "of the step alone": "%"}
 FEEDABLE = [name for name, kind in ARM_KINDS.items() if kind.views is make_loader_views]
 
 
 @dataclass
 class Setup:
-    """What both arms are given."""
+    """What all arms are given."""
 
     step: Step
     """the training step"""
-    loader: Loader
-    """our loader"""
     batch: int
     """images in a step"""
     steps: int
@@ -69,9 +78,9 @@ def get_views(batch: Batch) -> Views:
     return batch.globals, batch.locals
 
 
-def load_first_batch(setup: Setup) -> Views:
+def load_first_batch(loader: Loader) -> Views:
     """Return the loader's first batch. The loader loads nothing more."""
-    batches = setup.loader.batches(0, 1)
+    batches = loader.batches(0, 1)
     views = get_views(next(batches))
     batches.close()
     return views
@@ -85,19 +94,21 @@ def measure_alone(setup: Setup, views: Views) -> Figures:
     return make_figures(setup, read_clock(setup.device) - start)
 
 
-def measure_fed(setup: Setup) -> Figures:
+def measure_fed(setup: Setup, loader: Loader) -> Figures:
     """Return the figures of a round of loader and step."""
     first = next(setup.round_numbers) * (WARM_UP + setup.steps)
-    batches = setup.loader.batches(first, 10**12)
+    batches = loader.batches(first, 10**12)
     try:
         for batch in islice(batches, WARM_UP):
             setup.step(*get_views(batch))
-        start = read_clock(setup.device)
-        setup.loader.read_figures()  # so that the next reading counts from here
+        start, cpu = read_clock(setup.device), time.process_time()
+        loader.read_figures()  # so that the next reading counts from here
         for batch in islice(batches, setup.steps):
             setup.step(*get_views(batch))
         seconds = read_clock(setup.device) - start
-        return make_figures(setup, seconds) | {"stall": 100 * setup.loader.read_figures().stall / seconds}
+        busy = (time.process_time() - cpu) / seconds
+        stall = 100 * loader.read_figures().stall / seconds
+        return make_figures(setup, seconds) | {"stall": stall, "busy cores": busy}
     finally:
         batches.close()
 
@@ -125,9 +136,24 @@ def make_figures(setup: Setup, seconds: float) -> Figures:
 
 
 def add_ratio(rounds: dict[str, list[Figures]]) -> None:
-    """Compare loader and step with the step alone of the same round."""
-    for figure, plain in zip(rounds.get(FED, []), rounds.get(ALONE, []), strict=False):
-        figure["of the step alone"] = 100 * figure["images"] / plain["images"]
+    """Compare each arm of loader and step with the step alone of the same round."""
+    for name, figures in rounds.items():
+        for figure, plain in zip(figures, rounds.get(ALONE, []), strict=False):
+            if name.startswith(FED):
+                figure["of the step alone"] = 100 * figure["images"] / plain["images"]
+
+
+def profile_arms(arms: dict[str, Callable[[], Figures]], setup: Setup) -> Iterator[dict[str, Any]]:
+    """Run each arm once more under the profiler, and yield a row for each of its kernels and copies."""
+    for name, arm in arms.items():
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            arm()
+        # Annotations span kernels, and would count them twice.
+        events = [event for event in profiler.events() if event.device_type.name == "CUDA"]
+        timed = [(event.name, event.time_range.elapsed_us() / 1e3) for event in events if not event.is_user_annotation]
+        steps = setup.steps + (WARM_UP if name.startswith(FED) else 0)
+        for row in make_kernel_rows(name, timed):
+            yield row | {"launches": row["launches"] / steps, "ms": row["ms"] / steps}
 
 
 def build_loader(index: ShardIndex, recipe: Recipe, device: torch.device, data: DataRecipe) -> Loader:
@@ -157,9 +183,8 @@ def parse_arguments() -> argparse.Namespace:
         "--arm", choices=FEEDABLE, default="ours-fused-graphed" if gpu else "ours", metavar="ARM",
         help=f"the step: {', '.join(FEEDABLE)} (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--decode", choices=("auto", "dali", "torch"), default="auto", help="data.decode of the recipe (auto)"
-    )
+    add_data_settings(parser)
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="append every kernel of each arm, as JSON lines")
     parser.add_argument("--published", action="store_true", help="measure the published loader and step, too")
     return parser.parse_args()
 
@@ -173,20 +198,27 @@ def main() -> None:
         raise SystemExit(f"--arm {options.arm} does not run here: {problem}")
     step = kind.build(recipe, device)
     with ShardIndex(options.shards) as index, tempfile.TemporaryDirectory() as folder:
-        loader = build_loader(index, recipe, device, DataRecipe(decode=options.decode))
-        setup = Setup(step, loader, recipe.batch_size, options.steps, device)
-        arms: dict[str, Callable[[], Figures]] = {
-            ALONE: partial(measure_alone, setup, load_first_batch(setup)),
-            FED: partial(measure_fed, setup),
+        loaders = {
+            ", ".join([FED, *filter(None, [name])]): build_loader(index, recipe, device, data)
+            for name, data in read_combinations(options)
         }
+        setup = Setup(step, recipe.batch_size, options.steps, device)
+        first = load_first_batch(next(iter(loaders.values())))
+        arms: dict[str, Callable[[], Figures]] = {ALONE: partial(measure_alone, setup, first)}
+        arms |= {name: partial(measure_fed, setup, loader) for name, loader in loaders.items()}
+        ours = dict(arms)
         if options.published:
             arms[PUBLISHED] = build_published_arm(setup, index, Path(folder), recipe)
         rounds = run_interleaved(arms, options.rounds, partial(save_partial, "end to end", UNITS, options.json))
-    add_ratio(rounds)
-    print(f"{options.arm} from {options.shards}: {describe_recipe(recipe, device)}")
-    for note in setup.loader.notes:
-        print(note)
-    report(make_records("end to end", UNITS, rounds), options.json)
+        add_ratio(rounds)
+        print(f"{options.arm} from {options.shards}: {describe_recipe(recipe, device)}")
+        for note in dict.fromkeys(note for loader in loaders.values() for note in loader.notes):
+            print(note)
+        report(make_records("end to end", UNITS, rounds), options.json)
+        if options.kernels is not None and device.type == "cuda":
+            with open(options.kernels, "a", encoding="utf-8") as out:
+                for row in profile_arms({name: arm for name, arm in ours.items() if name in rounds}, setup):
+                    out.write(to_json_lines([row]))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,10 @@
 #   step         the step beside the published one and stock PyTorch, with a table of all kernels; STEP_ARMS: its arms
 #   train        60 steps of a ResNet-50 from shards
 #   loader       three arms of the loader, each by itself
-#   sweep        the loader by threads and by the share of the hardware decoder
-#   end-to-end   loader and step together; ARM: the step's arm
+#   sweep        the loader by the share of the hardware decoder
+#   places       the loader by where it decodes and crops, and by which library
+#   end-to-end   loader and step together, by the same; with a table of all kernels. ARM: the step's arm
+#   fed-sweep    loader and step together by the share of the hardware decoder and the length of queues
 #   learn        LEARN_S seconds of configs/imagenette_resnet18.yaml with EPOCHS (100), with k-NN scores. SIGTERM ends
 #                it with a checkpoint below LEARN_RUN, from which the same command goes on
 #   score        k-NN of that checkpoint, and the teacher's backbone in float16, in pieces of 15 MiB
@@ -137,7 +139,7 @@ choose_sizes() { # COMMAND: set `tiny` to arguments that make it small; later ar
     kernels) tiny=(--backbone resnet18 --batch 2 --prototypes 64 --iterations 1 --rounds 1) ;;
     augment) tiny=(--batch 2 --iterations 1 --rounds 1) ;;
     loader) tiny=("${images[@]}" --cores 1) ;;
-    sweep) tiny=("${images[@]}" --decode_device cpu --threads 1 2) ;;
+    sweep) tiny=("${images[@]}" --decode_device cpu --threads 1) ;;
     norms | convolutions) tiny=(--backbone resnet18 --batch 1 --side 64 --iterations 1 --rounds 1) ;;
     roofline) tiny=(--precision fp32 --rounds 1) ;;
     tests) tiny=(--collect-only) ;;
@@ -324,12 +326,24 @@ loader() {
     done
 }
 sweep() {
-    run_bench sweep 45 25 sweep "$(find_shards)" --decode dali --decode_device gpu --threads 8 16 \
-        --hw_decoder_load 0 0.4 0.99 --batch 128 --seconds 2
+    run_bench sweep 60 25 sweep "$(find_shards)" --decode dali --decode_device gpu --hw_decoder_load -1 0 0.2 0.6 0.8 1 \
+        --batch 128 --seconds 2
+}
+places() {
+    local where=(gpu split cpu)
+    [ "$dry" = 1 ] && where=(cpu)
+    run_bench places 60 25 sweep "$(find_shards)" --decode dali torch --decode_device "${where[@]}" --batch 128 \
+        --seconds 3
 }
 end_to_end() {
-    run_bench end-to-end 80 35 end_to_end "$(find_shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
-        ${DECODE:+--decode "$DECODE"}
+    local where=(gpu split cpu)
+    [ "$dry" = 1 ] && where=(cpu)
+    run_bench end-to-end 130 35 end_to_end "$(find_shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
+        --decode ${DECODE:-dali torch} --decode_device "${where[@]}" --kernels "$results/fed-kernels.jsonl"
+}
+fed_sweep() {
+    run_bench fed-sweep 90 35 end_to_end "$(find_shards)" --rounds 1 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
+        --decode dali --decode_device auto --hw_decoder_load 0 1 --prefetch 2 4
 }
 learn() {
     local images seconds=${LEARN_S:-200} left=$((limit_s - SECONDS - 45)) # for `score`
@@ -431,6 +445,8 @@ part() { # NAME
     batches | small | norms | convolutions | roofline | peers | doctor) "$1" ;;
     warm-up) warm_up ;;
     quiet) end_background "$warm_until" ;;
+    places) places ;;
+    fed-sweep) fed_sweep ;;
     end-to-end) end_to_end ;;
     norms-sweep) norms_sweep ;;
     bring-up) tests && train ;;

@@ -10,6 +10,7 @@ output goes to stderr. --arm measures one round of one arm in this process. The 
 
 - images: images a second, counted after 2 batches a core, when the workers no longer run in step with each other;
 - images a core: the same, divided by the number of cores;
+- busy cores: seconds of CPU cores for each second, in the process and its children;
 - first batch: seconds from building the loader to its first batch, without the imports before that;
 - memory: MB of the process and its children after the measurement. Pages that they share count once;
 - parity (crops alone): mean difference in 8-bit levels to Pillow's decode, crop and bicubic resize of the same windows.
@@ -52,7 +53,8 @@ NO_AUGMENT = PhotometricRecipe(
     flip=0, jitter=0, grayscale=0, blur_global_1=0, blur_global_2=0, blur_locals=0, solarize_global_2=0
 )
 ALONE = ", crops alone"
-UNITS = {"images": "img/s", "images a core": "img/s", "first batch": "s", "memory": "MB", "parity": "levels"}
+UNITS = {"images": "img/s", "images a core": "img/s", "busy cores": "cores", "first batch": "s", "memory": "MB"}
+UNITS |= {"parity": "levels"}
 PARITY_IMAGES = 32
 MEMORY_BATCHES = 4
 LAST_LINES = 20  # of the output of an arm that failed
@@ -203,13 +205,16 @@ def measure_round(arm: Arm, setup: Setup, augment: PhotometricRecipe, seconds: f
     first = read_gpu_clock() - built
     for _ in range(2 * setup.cores):
         next(batches)
-    start, count = read_gpu_clock(), 0
+    start, cpu, count = read_gpu_clock(), measure_cpu_seconds(), 0
     while time.perf_counter() - start < seconds:
         next(batches)
         count += setup.batch
-    rate = count / (read_gpu_clock() - start)
+    passed = read_gpu_clock() - start
+    busy = (measure_cpu_seconds() - cpu) / passed
+    rate = count / passed
     memory = max(measure_memory() for _ in zip(range(MEMORY_BATCHES), batches, strict=False))
-    figures = {"images": rate, "images a core": rate / setup.cores, "first batch": first, "memory": memory}
+    figures = {"images": rate, "images a core": rate / setup.cores, "busy cores": busy}
+    figures |= {"first batch": first, "memory": memory}
     return figures | ({"parity": arm.parity(setup)} if augment == NO_AUGMENT else {})
 
 
@@ -233,6 +238,15 @@ def read_memory(process: int) -> int:
     """Return the Pss of a process in bytes."""
     lines = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:"))
+
+
+def measure_cpu_seconds() -> float:
+    """Return the seconds of CPU cores that this process and its descendants have used so far."""
+    ticks = 0
+    for process in list_family(os.getpid()):
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()  # the name may hold spaces
+        ticks += int(fields[11]) + int(fields[12])  # of the process itself, and of the kernel for it
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def list_family(process: int) -> Iterator[int]:

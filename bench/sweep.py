@@ -9,30 +9,19 @@ The first combination runs once more than the others before anything is counted.
 """
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from bench.data_settings import add_data_settings, read_combinations
 from bench.loader import UNITS, Arm, LoaderKind, Setup, load_ours, measure_round
 from bench.records import add_run_arguments, make_records, report, save_partial
 from bench.timing import Figures, attempt, run_interleaved
 from pipelines.loader import DataRecipe, count_default_threads
 from pipelines.photometric import PhotometricRecipe
 from shards.index import ShardIndex
-
-SETTINGS = ("decode", "decode_device", "threads", "prefetch", "hw_decoder_load")
-
-
-def combine(values: dict[str, list[Any]]) -> Iterator[tuple[str, DataRecipe]]:
-    """Yield every combination of the values of each setting, with a name that says where combinations differ."""
-    for chosen in product(*values.values()):
-        settings = dict(zip(values, chosen, strict=True))
-        named = [f"{name} {value}" for name, value in settings.items() if len(values[name]) > 1]
-        yield ", ".join(named) or "as it is", DataRecipe(**settings)
 
 
 def measure_settings(index: ShardIndex, data: DataRecipe, batch: int, seconds: float, device: str) -> Figures:
@@ -51,13 +40,7 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shards", type=Path, help="folder that make-shards wrote")
-    parser.add_argument("--decode", nargs="+", choices=("auto", "dali", "torch"), default=["auto"], help="(auto)")
-    parser.add_argument("--decode_device", nargs="+", choices=("auto", "gpu", "cpu"), default=["auto"], help="(auto)")
-    parser.add_argument("--threads", nargs="+", type=int, default=[0], help="0: this process's cores (0)")
-    parser.add_argument("--prefetch", nargs="+", type=int, default=[2], help="length of each queue (2)")
-    parser.add_argument(
-        "--hw_decoder_load", nargs="+", type=float, default=[-1.0], help="share for the JPEG engines; -1: chosen (-1)"
-    )
+    add_data_settings(parser)
     parser.add_argument("--batch", type=int, default=64, help="images in a batch (64)")
     parser.add_argument("--seconds", type=float, default=5, help="seconds of a round in which images are counted (5)")
     add_run_arguments(parser, rounds=1)
@@ -70,8 +53,8 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with ShardIndex(options.shards) as index:
         arms: dict[str, Callable[[], Figures]] = {
-            name: partial(measure_settings, index, data, options.batch, options.seconds, device)
-            for name, data in combine({name: getattr(options, name) for name in SETTINGS})
+            name or "as it is": partial(measure_settings, index, data, options.batch, options.seconds, device)
+            for name, data in read_combinations(options)
         }
         name, first = next(iter(arms.items()))
         attempt(name, first)  # compiles kernels, and reads files into memory

@@ -28,6 +28,8 @@ PARTS = [
     "second",
     "batches",
     "small",
+    "places",
+    "fed-sweep",
     "norms",
     "norms-sweep",
     "convolutions",

@@ -56,6 +56,7 @@ def test_images_are_counted_over_the_seconds(setup: Setup, monkeypatch: pytest.M
     """An arm whose every batch takes a second by the clock, the first ten: 4 images a second, and half that a core."""
     clock = [0.0]
     monkeypatch.setattr("bench.loader.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr(loader, "measure_cpu_seconds", lambda: 1.5 * clock[0])
 
     def batches(setup: Setup, augment: PhotometricRecipe) -> Iterator[list[torch.Tensor]]:
         clock[0] += 9
@@ -66,7 +67,23 @@ def test_images_are_counted_over_the_seconds(setup: Setup, monkeypatch: pytest.M
     two = Setup(setup.index, setup.images, setup.batch, cores=2)
     figures = measure_round(Arm(batches, lambda _: 0.0), two, PhotometricRecipe(), seconds=5)
     assert figures.pop("memory") > 0
-    assert figures == {"images": 4, "images a core": 2, "first batch": 10}
+    assert figures == {"images": 4, "images a core": 2, "busy cores": 1.5, "first batch": 10}
+
+
+def test_cpu_seconds_are_those_of_the_process_and_its_children():
+    before, used = loader.measure_cpu_seconds(), os.times()
+    sum(range(10**7))
+    now = os.times()
+    expected = now.user + now.system - used.user - used.system
+    assert loader.measure_cpu_seconds() - before == pytest.approx(expected, abs=0.05)
+    with subprocess.Popen(
+        [sys.executable, "-c", "sum(range(3 * 10**7)); print(flush=True); input()"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as child:  # fmt: skip
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert loader.measure_cpu_seconds() - before > expected + 0.2
+        child.kill()
 
 
 def test_parity_is_in_levels_and_nothing_for_pillow_itself(setup: Setup):

@@ -434,19 +434,23 @@ def test_a_round_of_loader_and_step_counts_after_its_warm_up(monkeypatch: pytest
     monkeypatch.setattr("bench.timing.time.perf_counter", lambda: clock[0])
     seen: list[Any] = []
     loader: Any = FakeLoader(clock)
-    setup = Setup(lambda *views: seen.append(views), loader, batch=8, steps=5, device=CPU)
-    found = [end_to_end.measure_fed(setup) for _ in range(2)]
-    assert found == [pytest.approx({"images": 16, "step": 500, "stall": 20})] * 2
+    monkeypatch.setattr(end_to_end.time, "process_time", lambda: 3 * clock[0])
+    setup = Setup(lambda *views: seen.append(views), batch=8, steps=5, device=CPU)
+    found = [end_to_end.measure_fed(setup, loader) for _ in range(2)]
+    assert found == [pytest.approx({"images": 16, "step": 500, "stall": 20, "busy cores": 3})] * 2
     assert seen == [("globals", "locals")] * 2 * (WARM_UP + 5)
     assert loader.starts == [0, WARM_UP + 5]
     assert loader.closed == 2
 
 
 def test_the_ratio_is_of_the_same_round():
+    other = f"{FED}, prefetch 4"
     rounds = {ALONE: [{"images": 10.0}, {"images": 20.0}], FED: [{"images": 9.0}, {"images": 10.0}]}
+    rounds[other] = [{"images": 5.0}, {"images": 5.0}]
     end_to_end.add_ratio({ALONE: [{"images": 10.0}]})  # without the other nothing
     end_to_end.add_ratio(rounds)
     assert [figures["of the step alone"] for figures in rounds[FED]] == [90, 50]
+    assert [figures["of the step alone"] for figures in rounds[other]] == [50, 25]
     assert all(figures.keys() == {"images"} for figures in rounds[ALONE])
 
 
@@ -502,6 +506,7 @@ def test_the_command_measures_loader_and_step(make_class_folders, tmp_path: Path
     figures = {(row["arm"], row["metric"]): row["median"] for row in rows}
     assert figures.keys() == {(arm, metric) for arm in (ALONE, FED, PUBLISHED) for metric in ("images", "step")} | {
         (FED, "stall"),
+        (FED, "busy cores"),
         (FED, "of the step alone"),
     }
     assert 0 <= figures[FED, "stall"] <= 100

@@ -7,18 +7,27 @@ from pathlib import Path
 import pytest
 
 from bench import sweep
+from bench.data_settings import combine
 from pipelines.loader import DataRecipe
 from shards.__main__ import main as make_shards
 
 
 def test_every_combination_is_a_recipe_with_a_name_of_what_differs():
-    found = dict(sweep.combine({"decode": ["torch"], "threads": [1, 4], "prefetch": [2, 3]}))
+    found = dict(combine({"decode": ["torch"], "threads": [1, 4], "prefetch": [2, 3]}))
     assert found == {
         f"threads {threads}, prefetch {prefetch}": DataRecipe(decode="torch", threads=threads, prefetch=prefetch)
         for threads in (1, 4)
         for prefetch in (2, 3)
     }
-    assert dict(sweep.combine({"threads": [0]})) == {"as it is": DataRecipe()}
+    assert dict(combine({"threads": [0]})) == {"": DataRecipe()}
+
+
+def test_torch_is_not_combined_with_a_gpu_that_decodes_or_crops():
+    values = {"decode": ["dali", "torch"], "decode_device": ["gpu", "split", "cpu"]}
+    assert [name for name, _ in combine(values)] == [
+        *(f"decode dali, decode_device {device}" for device in ("gpu", "split", "cpu")),
+        "decode torch, decode_device cpu",
+    ]
 
 
 def test_the_fastest_is_the_first():
