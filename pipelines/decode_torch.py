@@ -6,8 +6,10 @@ torchvision crops and resizes.
 
 import io
 import re
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Executor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future, wait
+from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -16,8 +18,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from pipelines.buffers import BufferPool
 from pipelines.crops import CropRecipe, Windows
 from pipelines.decoder import DecodeError, DecodeRequest
+
+Allocate: TypeAlias = Callable[..., Tensor]  # as torch.empty
 
 
 def decode(sample: bytes) -> Tensor:
@@ -62,20 +67,36 @@ def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: li
             target.numpy()[...] = crop(image, (top, left, height, width), size).permute(1, 2, 0).numpy()
 
 
-def empty_crops(recipe: CropRecipe, *batch: int) -> list[Tensor]:
+def empty_crops(recipe: CropRecipe, *batch: int, allocate: Allocate = torch.empty) -> list[Tensor]:
     """Return uninitialized memory for crops: uint8 [*batch, V, S, S, 3] for each resolution."""
     return [
-        torch.empty(*batch, views.stop - views.start, size, size, 3, dtype=torch.uint8)
+        allocate((*batch, views.stop - views.start, size, size, 3), dtype=torch.uint8)
         for size, views in recipe.resolutions
     ]
 
 
-class TorchDecoder:
-    """Decodes requests in order. The threads of `pool` share the images of each request."""
+class _Decoding(NamedTuple):
+    """A request whose images are being decoded."""
 
-    def __init__(self, recipe: CropRecipe, pool: Executor) -> None:
+    request: DecodeRequest
+    """what is decoded"""
+    crops: list[Tensor]
+    """where the crops will be, uint8 [B, V, S, S, 3] for each resolution"""
+    images: list[Future[None]]
+    """one for each image [B]"""
+
+
+class TorchDecoder:
+    """Decodes requests in order. The threads of `pool` share the images of each request.
+
+    The next request is begun before one is yielded, so that the threads have work while its crops are augmented. With
+    `pin_memory` the crops lie in pinned memory, from which a GPU can copy while the host goes on.
+    """
+
+    def __init__(self, recipe: CropRecipe, pool: Executor, *, pin_memory: bool = False) -> None:
         self._recipe, self._pool = recipe, pool
-        self._crops: list[Tensor] = []  # of one batch, used again: fresh memory costs as much as to fill it
+        # Memory is used again, since fresh memory costs as much as to fill it. torch itself does so with pinned memory.
+        self._allocate: Allocate = partial(torch.empty, pin_memory=True) if pin_memory else BufferPool(spare=2).empty
 
     def decode_requests(
         self, requests: Iterable[DecodeRequest]
@@ -85,24 +106,35 @@ class TorchDecoder:
         They stay valid until the next request is asked for. If an image of a request does not decode, its error takes
         the place of the crops.
         """
+        begun: _Decoding | None = None
         for request in requests:
-            yield request, self._decode(request)
+            following = self._begin(request)
+            if begun is not None:
+                yield begun.request, self._finish(begun)
+            begun = following
+        if begun is not None:
+            yield begun.request, self._finish(begun)
 
-    def _decode(self, request: DecodeRequest) -> list[Tensor] | DecodeError:
-        if not self._crops or len(self._crops[0]) != len(request.samples):
-            self._crops = empty_crops(self._recipe, len(request.samples))
-        crops = self._crops
+    def _begin(self, request: DecodeRequest) -> _Decoding:
+        """Let the threads decode a request."""
 
         def decode_place(place: int) -> None:
             window = request.windows[:, place : place + 1]
             decode_and_crop(request.samples[place], window, self._recipe, [views[place] for views in crops])
 
+        crops = empty_crops(self._recipe, len(request.samples), allocate=self._allocate)
+        places = range(len(request.samples))
+        return _Decoding(request, crops, [self._pool.submit(decode_place, place) for place in places])
+
+    def _finish(self, decoding: _Decoding) -> list[Tensor] | DecodeError:
+        """Wait for all images. Returns the crops, or the error of the first image that does not decode."""
+        wait(decoding.images)  # also after an error, since the others still write into the crops
         try:
-            list(self._pool.map(decode_place, range(len(request.samples))))
+            for image in decoding.images:
+                image.result()
         except DecodeError as error:
-            self._crops = []  # other threads may still write into these
             return error
-        return crops
+        return decoding.crops
 
     def decode_one(self, sample: bytes, windows: Windows) -> list[Tensor]:
         """Return the crops of one encoded image, uint8 [V, S, S, 3] for each resolution.

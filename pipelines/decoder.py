@@ -6,6 +6,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from pipelines.crops import Windows
@@ -27,6 +28,16 @@ class DecodeRequest:
     """B encoded images"""
     windows: Windows
     """crop windows [views, B, 4]: top, left, height, width in pixels"""
+
+
+def move_to_device(images: Tensor, device: torch.device) -> Tensor:
+    """Copy crops from the CPU to a GPU through pinned memory, so that the host need not wait for the copy.
+
+    Crops that are on the device already are returned as they are.
+    """
+    if images.device.type == device.type:
+        return images
+    return images.pin_memory().to(device, non_blocking=True)
 
 
 class Decoder(Protocol):

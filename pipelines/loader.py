@@ -55,9 +55,9 @@ class DataRecipe:
     """most bytes of shards in the cache"""
     decode: Literal["auto", "dali", "torch"] = "auto"
     """library that decodes and crops; auto: DALI on a GPU; on a CPU torch, which is faster there"""
-    decode_device: Literal["auto", "gpu", "cpu"] = "auto"
-    """where images are decoded and cropped; auto: the GPU where there is one, if DALI
-    decodes. A run on a GPU always augments there"""
+    decode_device: Literal["auto", "gpu", "split", "cpu"] = "auto"
+    """where images are decoded and cropped; split: CPU threads decode, and the GPU crops; auto: the GPU where there is
+    one, if DALI decodes. A run on a GPU always augments there"""
     threads: Annotated[int, Ge(0), Le(512)] = 0
     """CPU threads that decode, for each rank; 0: the machine's cores divided by its ranks"""
     prefetch: Annotated[int, Ge(1), Le(64)] = 2
@@ -113,7 +113,9 @@ class DecoderChoice(NamedTuple):
     dali: bool
     """whether DALI decodes, or else torch"""
     device: torch.device
-    """where images are decoded"""
+    """where images are cropped"""
+    on_gpu: bool
+    """whether images are decoded on a GPU, too"""
 
 
 class Loader:
@@ -224,7 +226,7 @@ class Loader:
     def _build_decoder(self, pool: Executor) -> Decoder:
         """Build the decoder that was chosen. Raises UserError if DALI does not import."""
         if not self._choice.dali:
-            return TorchDecoder(self._crops, pool)
+            return TorchDecoder(self._crops, pool, pin_memory=self._device.type == "cuda")
         try:
             from pipelines.decode_dali import DaliDecoder, choose_hardware_decoder
         except ImportError as error:
@@ -232,7 +234,7 @@ class Loader:
                 f"DALI does not import ({error}). Run pip install -e '.[dali]', or pass --data.decode torch"
             ) from error
         data, device, hardware = self._data, self._choice.device, None
-        if device.type == "cuda":
+        if self._choice.on_gpu:
             hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, self._threads, self._index)
         return DaliDecoder(self._crops, self._share, device, self._threads, data.prefetch, hardware)
 
@@ -252,11 +254,16 @@ def name_current_gpu(device: torch.device) -> torch.device:
 
 def choose_decoder(data: DataRecipe, device: torch.device) -> DecoderChoice:
     """Return the decoder for a run on `device`. Raises UserError if it needs a GPU and the run has none."""
-    if data.decode_device == "gpu" and device.type != "cuda":
-        raise UserError("--data.decode_device gpu needs a run on a GPU, and this one is not. Pass auto or cpu")
-    on_gpu = device.type == "cuda" and data.decode_device != "cpu"
-    dali = data.decode == "dali" or (data.decode == "auto" and on_gpu)
-    return DecoderChoice(dali, device if dali and on_gpu else torch.device("cpu"))
+    if data.decode_device in ("gpu", "split") and device.type != "cuda":
+        raise UserError(
+            f"--data.decode_device {data.decode_device} needs a run on a GPU, and this one is not. Pass auto or cpu"
+        )
+    uses_gpu = device.type == "cuda" and data.decode_device != "cpu"
+    dali = data.decode == "dali" or (data.decode == "auto" and uses_gpu)
+    crops_on_gpu = dali and uses_gpu
+    return DecoderChoice(
+        dali, device if crops_on_gpu else torch.device("cpu"), crops_on_gpu and data.decode_device != "split"
+    )
 
 
 def build_order(index: ShardIndex, data: DataRecipe, batch: int, seed: int) -> Order:

@@ -11,7 +11,7 @@ from torch import Tensor
 from pipelines.batch import Batch
 from pipelines.buffers import BufferPool
 from pipelines.crops import CropRecipe
-from pipelines.decoder import DecodeError, Decoder, DecodeRequest
+from pipelines.decoder import DecodeError, Decoder, DecodeRequest, move_to_device
 from pipelines.order import Order
 from pipelines.photometric import AugmentParameters, PhotometricRecipe, draw_augment_parameters
 from pipelines.photometric import augment as augment_reference
@@ -87,18 +87,12 @@ class BatchMaker:
         outs = []
         for (size, views), images in zip(self._crops.resolutions, crops, strict=True):
             outs.append(self._empty_views(len(request.ids) * (views.stop - views.start), size))
-            self._augment(self._move_to_device(images), parameters[views], outs[-1], pool)
+            self._augment(move_to_device(images, self._device), parameters[views], outs[-1], pool)
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
         return Batch(request.step, request.ids, outs[0], outs[1] if self._crops.locals else None, ready)
-
-    def _move_to_device(self, images: Tensor) -> Tensor:
-        """Copy crops from the CPU to the GPU through pinned memory, so that the host need not wait for the copy."""
-        if images.device.type == self._device.type:
-            return images
-        return images.pin_memory().to(self._device, non_blocking=True)
 
     def _empty_views(self, images: int, side: int) -> Tensor:
         """Return memory for normalized views [images, 3, side, side], channels-last, on the device."""
