@@ -21,7 +21,7 @@
 #   loader       three arms of the loader, each by itself
 #   sweep        the loader by the share of the hardware decoder
 #   places       the loader by where it decodes and crops, and by which library
-#   end-to-end   loader and step together, by the same; with a table of all kernels. ARM: the step's arm
+#   end-to-end   loader and step together, by where images are decoded; with a table of all kernels. ARM: the step's arm
 #   fed-sweep    loader and step together by the share of the hardware decoder and the length of queues
 #   learn        LEARN_S seconds of configs/imagenette_resnet18.yaml with EPOCHS (100), with k-NN scores. SIGTERM ends
 #                it with a checkpoint below LEARN_RUN, from which the same command goes on
@@ -30,7 +30,7 @@
 # Parts that take longer, or that ALSO="PART ..." adds to `first` and `second` after their step:
 #
 #   bring-up     tests and train
-#   batches      the step with 64 and 256 images, and in bf16
+#   batches      the step in bf16, and with 256 and 64 images; STEP_ARMS: its arms
 #   small        16 images a step, with and without a CUDA graph
 #   norms        our batch norms beside torch's; norms-sweep: with other sizes of tiles and numbers of programs
 #   convolutions each convolution of the step by itself
@@ -46,7 +46,7 @@
 #   OUT          the folder of the results (bench/results), which are there after each part: JSON lines, of which
 #                `python -m bench.readme --print FOLDER` makes a table, and every log in NAME.tgz
 #   DECODE       torch: end-to-end, train and learn without DALI; TRAIN_ARGS: further settings of train and learn
-#   COMMIT       what the records name where there is no git
+#   COMMIT       the commit that the records name, if this is a copy of another checkout
 #   ENTER        a file that is sourced first where it exists (.gpu/enter.sh); it may set PYTHONPATH, SHARDS and so on
 #   PYTHON       the interpreter, else that of .venv, else python3
 #   DRY          1: the same commands with tiny sizes on a CPU; show: print the commands, and run none
@@ -332,14 +332,14 @@ sweep() {
 places() {
     local where=(gpu split cpu)
     [ "$dry" = 1 ] && where=(cpu)
-    run_bench places 60 25 sweep "$(find_shards)" --decode dali torch --decode_device "${where[@]}" --batch 128 \
+    run_bench places 90 25 sweep "$(find_shards)" --decode dali torch --decode_device "${where[@]}" --batch 128 \
         --seconds 3
 }
 end_to_end() {
-    local where=(gpu split cpu)
+    local where=(gpu split)
     [ "$dry" = 1 ] && where=(cpu)
-    run_bench end-to-end 130 35 end_to_end "$(find_shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
-        --decode ${DECODE:-dali torch} --decode_device "${where[@]}" --kernels "$results/fed-kernels.jsonl"
+    run_bench end-to-end 110 35 end_to_end "$(find_shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
+        --decode "${DECODE:-dali}" --decode_device "${where[@]}" --kernels "$results/fed-kernels.jsonl"
 }
 fed_sweep() {
     run_bench fed-sweep 90 35 end_to_end "$(find_shards)" --rounds 1 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
@@ -382,11 +382,14 @@ keep_file() { # FILE NAME
 }
 batches() {
     local size
-    for size in 64 256; do
-        run_bench "step-$size" 150 50 step --rounds 3 --steps 10 --only published stock-compiled ours-fused-graphed \
-            --batch "$size"
+    # shellcheck disable=SC2086
+    run_bench step-bf16 150 40 step --precision bf16 --rounds 3 --steps 10 \
+        --only ${STEP_ARMS_GIVEN:-stock-compiled ours-fused-graphed}
+    for size in 256 64; do
+        # shellcheck disable=SC2086
+        run_bench "step-$size" 150 40 step --rounds 3 --steps 10 --batch "$size" \
+            --only ${STEP_ARMS_GIVEN:-published stock-compiled ours-fused-graphed}
     done
-    run_bench step-bf16 150 50 step --precision bf16 --rounds 3 --steps 10 --only stock-compiled ours-fused-graphed
 }
 small() {
     run_bench step-small 300 60 step --rounds 3 --steps 20 --batch 16 \

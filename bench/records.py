@@ -144,12 +144,14 @@ def find_versions() -> dict[str, str]:
 def describe_commit() -> str:
     """Return the commit of this checkout, with a + if files have changed since.
 
-    Without git it is the value of the environment variable COMMIT, or empty.
+    The environment variable COMMIT takes its place, for copies of a checkout. Without both it is empty.
     """
+    if given := os.environ.get("COMMIT"):
+        return given
     here = Path(__file__).resolve().parent
     ask = ["git", "describe", "--always", "--abbrev=12", "--dirty=+"]
     try:
         described = subprocess.run(ask, cwd=here, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
         described = ""
-    return described or os.environ.get("COMMIT", "")
+    return described

@@ -67,8 +67,8 @@ class DataRecipe:
     timeout: Annotated[int, Ge(1)] = 300
     """seconds without data from storage, or without a batch, after which the run stops"""
     hw_decoder_load: Annotated[float, Ge(-1), Le(1)] = -1.0
-    """share of the images that the GPU's JPEG engines decode; its cores and the CPU threads decode the others; -1:
-    choose by the number of threads"""
+    """share of the images that the GPU's JPEG engines decode; its cores and the CPU threads decode the others; -1: all.
+    Only with decode_device: gpu"""
     preallocate_size: Annotated[int, Ge(0)] = 0
     """side in pixels of the images for which the GPU's decoder allocates memory at the start; 0: enough for 99 of 100
     images"""
@@ -235,7 +235,7 @@ class Loader:
             ) from error
         data, device, hardware = self._data, self._choice.device, None
         if self._choice.on_gpu:
-            hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, self._threads, self._index)
+            hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, self._index)
         return DaliDecoder(self._crops, self._share, device, self._threads, data.prefetch, hardware)
 
 

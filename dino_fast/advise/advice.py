@@ -10,6 +10,7 @@ from pipelines.loader import DataRecipe
 # The stages between the shards and the step, as they are printed.
 STORAGE, MEMORY = "reading from storage", "reading from memory"
 TORCH, DALI_CPU, DALI_GPU = "decoding by torch", "decoding by DALI (CPU)", "decoding by DALI (GPU)"
+DALI_SPLIT = "decoding by DALI (CPU, crops on the GPU)"
 AUGMENT, LOADER, STEP = "augmentation", "whole loader", "training step"
 
 RESERVE = 1.1  # times the speed of the training step; a loader below it has no reserve for a slow moment
@@ -17,6 +18,7 @@ _PACKED_SHORT_SIDE = 512  # pixels, to which packing may reduce images
 _DECODER_SETTINGS = {  # data.decode, data.decode_device
     TORCH: ("torch", "cpu"),
     DALI_CPU: ("dali", "cpu"),
+    DALI_SPLIT: ("dali", "split"),
     DALI_GPU: ("dali", "gpu"),
 }
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from dino_fast.advise.advice import AUGMENT, DALI_CPU, DALI_GPU, LOADER, MEMORY, STEP, STORAGE, TORCH
+from dino_fast.advise.advice import AUGMENT, DALI_CPU, DALI_GPU, DALI_SPLIT, LOADER, MEMORY, STEP, STORAGE, TORCH
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.run.build import build_train_step, compile_if_useful
@@ -146,7 +146,10 @@ def read_whole_shards(parts: RankParts, order: ShardOrder) -> Work:
 
 
 def make_dali_decoders(parts: RankParts) -> Iterator[tuple[str, str, Decoder]]:
-    """Yield name, place and decoder of DALI on the CPU, and on the GPU if there is one. DALI may not be installed."""
+    """Yield name, place and decoder of DALI on the CPU, and those that use the GPU if there is one.
+
+    DALI may not be installed.
+    """
     try:
         from pipelines.decode_dali import DaliDecoder, choose_hardware_decoder
     except ImportError:
@@ -155,8 +158,9 @@ def make_dali_decoders(parts: RankParts) -> Iterator[tuple[str, str, Decoder]]:
     settings = (parts.threads, data.prefetch)
     yield DALI_CPU, parts.threads_text, DaliDecoder(crops, parts.share, torch.device("cpu"), *settings)
     if device.type == "cuda":
-        hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, parts.threads, parts.index)
+        hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, parts.index)
         where = f"{parts.threads_text}, {device}"
+        yield DALI_SPLIT, where, DaliDecoder(crops, parts.share, device, *settings)
         yield DALI_GPU, where, DaliDecoder(crops, parts.share, device, *settings, hardware)
 
 

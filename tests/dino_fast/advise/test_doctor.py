@@ -11,6 +11,7 @@ from dino_fast.advise.advice import (
     AUGMENT,
     DALI_CPU,
     DALI_GPU,
+    DALI_SPLIT,
     LOADER,
     MEMORY,
     STEP,
@@ -74,7 +75,7 @@ def test_a_gpu_has_its_stages(labelled_shards: Path, capsys):
     data = ["--data", str(labelled_shards), "--device", "cuda", "--precision", "bf16", "--data.decode", "dali"]
     assert dino_fast(["doctor", *TINY, *data, "--seconds", "0.2"]) == 0
     out = capsys.readouterr().out
-    assert all(stage in out for stage in (DALI_CPU, DALI_GPU, TORCH, "cuda:0"))
+    assert all(stage in out for stage in (DALI_CPU, DALI_SPLIT, DALI_GPU, TORCH, "cuda:0"))
     assert "share the CPU cores" not in out
 
 
