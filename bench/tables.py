@@ -47,8 +47,9 @@ class Row(NamedTuple):
 STEP = Key("h200-2/step-gpu.jsonl", "ours-fused-graphed")
 PUBLISHED_STEP = Key("h200-2/step-gpu.jsonl", "published")
 COMPILED_STEP = Key("h200-1/step-gpu.jsonl", "stock-compiled")
-END_TO_END = Key("h200-2/end-to-end-gpu.jsonl", "loader + step")
-STEP_ALONE = Key("h200-2/end-to-end-gpu.jsonl", "step alone")
+END_TO_END = Key("h200-4/end-to-end-gpu.jsonl", "loader + step, decode_device split")
+STEP_ALONE = Key("h200-4/end-to-end-gpu.jsonl", "step alone")
+DECODING_ON_GPU = Key("h200-3/sweep-gpu.jsonl", "hw_decoder_load -1.0")
 
 _KERNELS, _LOADER = "h200-2/kernels-gpu.jsonl", "loader-photos256-cpu2.jsonl"
 _PACK, _RESUME, _PARITY = "pack-photos-cpu2.jsonl", "resume-cpu2.jsonl", "parity-cpu2.jsonl"
@@ -60,6 +61,11 @@ SHORT = (
         (Peer("published code", PUBLISHED_STEP), Peer("stock PyTorch with torch.compile", COMPILED_STEP)),
     ),
     Row("The same step, fed from shards by DALI", END_TO_END, (Peer("the step alone", STEP_ALONE),)),
+    Row(
+        "Loader alone, decoding on the GPU, 16 CPU cores",
+        DECODING_ON_GPU,
+        (Peer("by its JPEG engines alone", Key("h200-3/sweep-gpu.jsonl", "hw_decoder_load 1.0")),),
+    ),
     Row(
         "Loss and center, fp16, on the device alone",
         Key(_KERNELS, "loss fp16: triton", "device"),

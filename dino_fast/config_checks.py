@@ -29,8 +29,8 @@ def check_augmentation(augment: PhotometricRecipe) -> Iterator[str]:
 
 
 def check_data(data: DataRecipe) -> Iterator[str]:
-    if data.decode == "torch" and data.decode_device == "gpu":
-        yield "data.decode_device = gpu needs data.decode = dali or auto: torch decodes on the CPU"
+    if data.decode == "torch" and data.decode_device in ("gpu", "split"):
+        yield f"data.decode_device = {data.decode_device} needs data.decode = dali or auto: torch uses the CPU alone"
     if -1 < data.hw_decoder_load < 0:
         yield f"data.hw_decoder_load = {data.hw_decoder_load}: expected a share from 0 to 1, or -1 for automatic"
 

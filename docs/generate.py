@@ -38,7 +38,7 @@ MARKERS = re.compile(r"(<!-- measured:begin -->\n).*?(<!-- measured:end -->)", r
 
 NOT_MEASURED = (
     "Accuracy on ImageNet, several GPUs, training time over a whole run, bf16 and other batch sizes than 128 on a GPU, "
-    "the loader alone on a quiet GPU machine, and other GPUs than the H200."
+    "the loader alone on a quiet GPU machine while CPU threads decode, and other GPUs than the H200."
 )
 
 MAKE_SHARDS_COMMANDS = ("pack", "index", "check", "info", "show")
@@ -178,7 +178,7 @@ def make_benchmarks_page() -> str:
         "where there was more than one round. `n` is the number of rounds. Arms of one file ran in turn in one "
         "process, after a warm-up. A raw file's newest record counts. "
         "A `+` after a commit means that files had changed since.",
-        "`h200-1` and `h200-2` are two separate sessions (leases) of an H200, so their machines may differ. The "
+        "`h200-1` to `h200-4` are four separate sessions (leases) of an H200, so their machines may differ. The "
         "training step is measured with 6 local crops.",
         "`img/s` counts source images, not crops. What an arm or a metric means stands under "
         "[the benchmark's command](commands.md#benchmarks). What was expected before each measurement stands in "

@@ -4,8 +4,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
+
 from pipelines.crops import CropRecipe
-from pipelines.loader import DataRecipe
+from pipelines.loader import DataRecipe, DecoderChoice, choose_decoder
 
 # The stages between the shards and the step, as they are printed.
 STORAGE, MEMORY = "reading from storage", "reading from memory"
@@ -13,6 +15,9 @@ TORCH, DALI_CPU, DALI_GPU = "decoding by torch", "decoding by DALI (CPU)", "deco
 DALI_SPLIT = "decoding by DALI (CPU, crops on the GPU)"
 AUGMENT, LOADER, STEP = "augmentation", "whole loader", "training step"
 
+# What is left of the speed of decoding on a GPU beside a training step: on an H200 1,607 to 1,933 img/s of 4,662 to
+# 4,978 (bench/LOG.md).
+BESIDE_STEP = 0.4
 RESERVE = 1.1  # times the speed of the training step; a loader below it has no reserve for a slow moment
 _PACKED_SHORT_SIDE = 512  # pixels, to which packing may reduce images
 _DECODER_SETTINGS = {  # data.decode, data.decode_device
@@ -43,13 +48,21 @@ def give_advice(rates: Mapping[str, float], data: DataRecipe, crops: CropRecipe,
     `rates`: images a second of each stage. Storage, decoders and GPU may be missing, except for those that the recipe
     uses.
     """
+    device = torch.device("cuda" if machine.on_gpu else "cpu")
+    decodes = find_decode_stage(choose_decoder(data, device, data.threads or machine.cores))
+    rates = _count_beside_step(rates, decodes)
     needed, storage = rates[STEP], rates.get(STORAGE, math.inf)
     # A loader that is measured for seconds only reads the shards that it fetched at the start.
     supply = rates[LOADER] if machine.fits_in_memory else min(rates[LOADER], storage)
     lines = [_compare(supply, needed)]
+    if decodes == DALI_GPU:
+        lines.append(
+            f"Here {DALI_GPU} counts {100 * BESIDE_STEP:.0f} % of the speed that it has alone, since the training step "
+            "uses the GPU, too."
+        )
     if supply < RESERVE * needed:
         reading = MEMORY if machine.fits_in_memory or STORAGE not in rates else STORAGE  # after the first epoch
-        slowest = min([reading, find_decode_stage(data, machine.on_gpu), AUGMENT], key=rates.__getitem__)
+        slowest = min([reading, decodes, AUGMENT], key=rates.__getitem__)
         advice = _advise_on(slowest, rates, data, crops, machine)
         lines.append(f"Its slowest stage is {slowest}, with {format_rate(rates[slowest])} img/s. {advice}.")
     if machine.fits_in_memory and storage < RESERVE * needed:
@@ -84,12 +97,26 @@ def _compare(supply: float, needed: float) -> str:
     )
 
 
-def find_decode_stage(data: DataRecipe, on_gpu: bool) -> str:
-    """Return the stage that decodes in a run of this recipe. `Loader` chooses it by the same rule."""
-    on_gpu = on_gpu and data.decode_device != "cpu"
-    if data.decode == "torch" or (data.decode == "auto" and not on_gpu):
+def find_decode_stage(choice: DecoderChoice) -> str:
+    """Return the stage that decodes with this decoder."""
+    if not choice.dali:
         return TORCH
-    return DALI_GPU if on_gpu else DALI_CPU
+    if choice.device.type == "cpu":
+        return DALI_CPU
+    return DALI_GPU if choice.on_gpu else DALI_SPLIT
+
+
+def _count_beside_step(rates: Mapping[str, float], decodes: str) -> dict[str, float]:
+    """Return the rates with decoding on the GPU as fast as it is beside a training step.
+
+    `decodes` is the stage that decodes in the run.
+    """
+    shared = dict(rates)
+    if DALI_GPU in rates:
+        shared[DALI_GPU] *= BESIDE_STEP
+    if decodes == DALI_GPU:
+        shared[LOADER] = min(rates[LOADER], shared[DALI_GPU])
+    return shared
 
 
 def _advise_on(stage: str, rates: Mapping[str, float], data: DataRecipe, crops: CropRecipe, machine: Machine) -> str:

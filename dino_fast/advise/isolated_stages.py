@@ -158,7 +158,7 @@ def make_dali_decoders(parts: RankParts) -> Iterator[tuple[str, str, Decoder]]:
     settings = (parts.threads, data.prefetch)
     yield DALI_CPU, parts.threads_text, DaliDecoder(crops, parts.share, torch.device("cpu"), *settings)
     if device.type == "cuda":
-        hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, parts.index)
+        hardware = choose_hardware_decoder(data.hw_decoder_load, data.preallocate_size, parts.threads, parts.index)
         where = f"{parts.threads_text}, {device}"
         yield DALI_SPLIT, where, DaliDecoder(crops, parts.share, device, *settings)
         yield DALI_GPU, where, DaliDecoder(crops, parts.share, device, *settings, hardware)

@@ -63,6 +63,7 @@ def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path
         ("--augment.blur_sigma=[0,2]", "augment.blur_sigma"),
         ("--loss.teacher_temp=0.2", "the teacher must be sharper than the student"),
         ("--data={decode: torch, decode_device: gpu}", "needs data.decode = dali or auto"),
+        ("--data={decode: torch, decode_device: split}", "needs data.decode = dali or auto"),
         (
             "--optim.freeze_last_layer_epochs=5 stepz",
             "optim.freeze_last_layer_epochs: expected epochs, such as 100, or a",

@@ -9,6 +9,7 @@ import torch
 from dino_fast.__main__ import main as dino_fast
 from dino_fast.advise.advice import (
     AUGMENT,
+    BESIDE_STEP,
     DALI_CPU,
     DALI_GPU,
     DALI_SPLIT,
@@ -23,7 +24,7 @@ from dino_fast.advise.advice import (
 )
 from dino_fast.advise.doctor import time_work
 from pipelines.crops import CropRecipe
-from pipelines.loader import DataRecipe
+from pipelines.loader import DataRecipe, choose_decoder
 from shards.index import ShardIndex
 from tests.dino_fast.conftest import TINY
 
@@ -149,12 +150,18 @@ def test_slow_storage_is_named():
         (DataRecipe(decode="dali"), ON_CPU, {"DALI_CPU": 60, "TORCH": 90}, "Pass --data.decode torch, since"),
         (DataRecipe(decode="torch"), ON_CPU, {"DALI_CPU": 90, "TORCH": 60}, "Pass --data.decode dali, since"),
         (
-            DataRecipe(decode="dali"), ON_GPU, {"DALI_GPU": 60, "DALI_CPU": 90, "TORCH": 70},
+            DataRecipe(decode="dali"), ON_GPU, {"DALI_GPU": 60, "DALI_SPLIT": 60, "DALI_CPU": 90, "TORCH": 70},
             "Pass --data.decode_device cpu, since",
         ),
         (
-            DataRecipe(decode="dali", decode_device="cpu"), ON_GPU, {"DALI_GPU": 90, "DALI_CPU": 60, "TORCH": 70},
+            DataRecipe(decode="dali", decode_device="cpu"), ON_GPU,
+            {"DALI_GPU": 90 / BESIDE_STEP, "DALI_SPLIT": 80, "DALI_CPU": 60, "TORCH": 70},
             "Pass --data.decode_device gpu, since",
+        ),
+        (
+            DataRecipe(decode="dali", decode_device="gpu"), ON_GPU,
+            {"DALI_GPU": 150, "DALI_SPLIT": 90, "DALI_CPU": 60, "TORCH": 70},
+            "Pass --data.decode_device split, since decoding by DALI (CPU, crops on the GPU) gives 90.0 img/s",
         ),
         (
             DataRecipe(decode="dali", decode_device="gpu"), ON_GPU, {"DALI_GPU": 60, "DALI_CPU": 60, "TORCH": 90},
@@ -185,8 +192,29 @@ def test_slow_augmentation():
     )
 
 
-def test_the_stage_that_decodes_in_a_recipe():
-    assert find_decode_stage(DataRecipe(decode="auto"), on_gpu=False) == TORCH
-    assert find_decode_stage(DataRecipe(decode="dali"), on_gpu=False) == DALI_CPU
-    assert find_decode_stage(DataRecipe(decode="auto"), on_gpu=True) == DALI_GPU
-    assert find_decode_stage(DataRecipe(decode="dali", decode_device="cpu"), on_gpu=True) == DALI_CPU
+def test_decoding_on_the_gpu_counts_what_is_left_of_it_beside_the_step():
+    on_gpu = DataRecipe(decode_device="gpu")
+    advice = advise(on_gpu, STEP=1000, DALI_GPU=2000, LOADER=1900)
+    assert "it is 0.80 times as fast as the training step" in advice
+    assert "counts 40 % of the speed that it has alone" in advice
+    assert "0.70 times" in advise(on_gpu, STEP=1000, DALI_GPU=2000, LOADER=700)  # something else is slower
+    assert "counts" not in advise(DataRecipe(decode_device="split"), STEP=1000, DALI_SPLIT=2000, LOADER=1900)
+
+
+@pytest.mark.parametrize(
+    ("data", "device", "threads", "stage"),
+    [
+        (DataRecipe(), "cpu", 16, TORCH),
+        (DataRecipe(decode="dali"), "cpu", 16, DALI_CPU),
+        (DataRecipe(), "cuda", 16, DALI_SPLIT),
+        (DataRecipe(), "cuda", 8, DALI_SPLIT),
+        (DataRecipe(), "cuda", 7, DALI_GPU),
+        (DataRecipe(decode_device="gpu"), "cuda", 16, DALI_GPU),
+        (DataRecipe(decode_device="split"), "cuda", 2, DALI_SPLIT),
+        (DataRecipe(decode_device="cpu"), "cuda", 16, TORCH),
+        (DataRecipe(decode="dali", decode_device="cpu"), "cuda", 16, DALI_CPU),
+        (DataRecipe(decode="torch"), "cuda", 16, TORCH),
+    ],
+)
+def test_the_decoder_of_a_run(data: DataRecipe, device: str, threads: int, stage: str):
+    assert find_decode_stage(choose_decoder(data, torch.device(device), threads)) == stage
