@@ -1,5 +1,6 @@
 """Contradictions between the settings of a recipe: each is a line that says what is wrong and how to fix it."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 from dino_fast.durations import Duration, parse
@@ -33,6 +34,10 @@ def check_data(data: DataRecipe) -> Iterator[str]:
         yield f"data.decode_device = {data.decode_device} needs data.decode = dali or auto: torch uses the CPU alone"
     if -1 < data.hw_decoder_load < 0:
         yield f"data.hw_decoder_load = {data.hw_decoder_load}: expected a share from 0 to 1, or -1 for automatic"
+    if not all(math.isfinite(mean) for mean in data.mean):
+        yield f"data.mean = {list(data.mean)}: expected three finite numbers"
+    if not all(0 < std < math.inf for std in data.std):
+        yield f"data.std = {list(data.std)}: expected three finite numbers above 0"
 
 
 def check_lengths(epochs: Duration, phases: Mapping[str, Duration]) -> Iterator[str]:

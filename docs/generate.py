@@ -41,7 +41,7 @@ NOT_MEASURED = (
     "the loader alone on a quiet GPU machine while CPU threads decode, and other GPUs than the H200."
 )
 
-MAKE_SHARDS_COMMANDS = ("pack", "index", "check", "info", "show")
+MAKE_SHARDS_COMMANDS = ("pack", "index", "check", "info", "show", "stats")
 
 
 # ---- Settings

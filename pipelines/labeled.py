@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from pipelines.decode_torch import decode
 from pipelines.decoder import DecodeError
-from pipelines.photometric import normalize
+from pipelines.photometric import IMAGENET, Normalization, normalize
 from pipelines.prefetch import Prefetcher
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
@@ -25,20 +25,20 @@ _LONGEST = 8
 
 
 def load_labeled_batches(
-    index: ShardIndex, batch: int, resize: int, crop: int, threads: int
+    index: ShardIndex, batch: int, resize: int, crop: int, threads: int, normalization: Normalization = IMAGENET
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images [B, 3, crop, crop], float32, channels-last, and their labels [B], int64, both on the CPU.
 
     `threads` threads make the batches ahead. The last batch may be smaller. Raises UserError, which names the sample,
     if a sample cannot be read.
     """
-    batches = _make_batches(index, batch, resize, crop, threads)
+    batches = _make_batches(index, batch, resize, crop, threads, normalization)
     with Prefetcher(batches, 2, "reading evaluation batches") as prefetched:
         yield from prefetched
 
 
 def _make_batches(
-    index: ShardIndex, batch: int, resize: int, crop: int, threads: int
+    index: ShardIndex, batch: int, resize: int, crop: int, threads: int, normalization: Normalization
 ) -> Iterator[tuple[Tensor, Tensor]]:
     def load_image(number: int) -> Tensor:
         try:
@@ -51,7 +51,7 @@ def _make_batches(
             numbers = range(first, min(first + batch, len(index)))
             images = torch.stack(list(pool.map(load_image, numbers)))
             out = torch.empty(len(numbers), 3, crop, crop).contiguous(memory_format=torch.channels_last)
-            normalize(images, out)
+            normalize(images, out, normalization)
             yield out, torch.from_numpy(np.asarray(index.labels[first : first + len(numbers)], np.int64))
 
 

@@ -22,7 +22,7 @@ from pipelines.decoder import Decoder, DecodeRequest
 from pipelines.fetch import Fetcher, choose_cache
 from pipelines.maker import BatchMaker, choose_augment
 from pipelines.order import Order, SampleOrder, ShardOrder
-from pipelines.photometric import PhotometricRecipe
+from pipelines.photometric import MEAN, STD, Normalization, PerChannel, PhotometricRecipe
 from pipelines.prefetch import Prefetcher
 from pipelines.reader import SampleReader
 from pipelines.stall import StallClock
@@ -75,6 +75,16 @@ class DataRecipe:
     preallocate_size: Annotated[int, Ge(0)] = 0
     """side in pixels of the images for which the GPU's decoder allocates memory at the start; 0: enough for 99 of 100
     images"""
+    mean: PerChannel = MEAN
+    """what is subtracted from red, green and blue, where black is 0 and white is 1; the default is ImageNet's; of your
+    own images `make-shards stats` measures it"""
+    std: PerChannel = STD
+    """what red, green and blue are divided by after that, above 0; measured likewise"""
+
+    @property
+    def normalization(self) -> Normalization:
+        """`mean` and `std`."""
+        return Normalization(self.mean, self.std)
 
 
 def open_index(data: DataRecipe) -> ShardIndex:
@@ -152,7 +162,7 @@ class Loader:
         self._fetcher: Fetcher | None = None
         validate = needs_validation(index, self._choice)
         self._reader = SampleReader(index, self.order, crops, rank, world, data.max_bad_samples, validate)
-        augment_function, notes = choose_augment(self._device)
+        augment_function, notes = choose_augment(self._device, data.normalization)
         self.notes = [*notes, *list_slow_settings(index, data, self._choice)]
         spare = data.prefetch + _IN_USE
         self._maker = BatchMaker(self._reader, self.order, crops, augment, augment_function, self._device, dtype, spare)

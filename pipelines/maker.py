@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
+from functools import partial
 from typing import TypeAlias
 
 import numpy as np
@@ -13,7 +14,13 @@ from pipelines.buffers import BufferPool
 from pipelines.crops import CropRecipe
 from pipelines.decoder import DecodeError, Decoder, DecodeRequest, move_to_device
 from pipelines.order import Order
-from pipelines.photometric import AugmentParameters, PhotometricRecipe, draw_augment_parameters
+from pipelines.photometric import (
+    IMAGENET,
+    AugmentParameters,
+    Normalization,
+    PhotometricRecipe,
+    draw_augment_parameters,
+)
 from pipelines.photometric import augment as augment_reference
 from pipelines.reader import Ids, SampleReader
 from shards.errors import UserError
@@ -102,7 +109,7 @@ class BatchMaker:
         return torch.empty(shape, dtype=self._dtype, device=self._device).permute(0, 3, 1, 2)
 
 
-def choose_augment(device: torch.device) -> tuple[Augment, list[str]]:
+def choose_augment(device: torch.device, normalization: Normalization = IMAGENET) -> tuple[Augment, list[str]]:
     """Return the fastest way to augment on a device, and a note for the user where its package is not installed.
 
     All ways agree with the reference to one level.
@@ -111,10 +118,10 @@ def choose_augment(device: torch.device) -> tuple[Augment, list[str]]:
         if device.type == "cpu":
             from pipelines import photometric_cpu
 
-            return photometric_cpu.augment, []
+            return partial(photometric_cpu.augment, normalization=normalization), []
         from pipelines import photometric_triton
 
-        return lambda images, parameters, out, _: photometric_triton.augment(images, parameters, out), []
+        return lambda images, parameters, out, _: photometric_triton.augment(images, parameters, out, normalization), []
     except ImportError as error:
         note = f"{error}. Without it the augmentation takes several times as long"
-        return lambda images, parameters, out, _: augment_reference(images, parameters, out), [note]
+        return lambda images, parameters, out, _: augment_reference(images, parameters, out, normalization), [note]

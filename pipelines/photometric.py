@@ -35,6 +35,21 @@ CHUNK_PIXELS = 2**19
 # Mean and standard deviation of ImageNet's channels. Every published DINO model was trained with these.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
+PerChannel = tuple[float, float, float]  # red, green, blue
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """What is subtracted from each channel, and what it is then divided by. Black is 0 and white is 1."""
+
+    mean: PerChannel = MEAN
+    """means of the channels"""
+    std: PerChannel = STD
+    """standard deviations of the channels, above 0"""
+
+
+IMAGENET = Normalization()
+
 
 @dataclass(frozen=True)
 class PhotometricRecipe:
@@ -111,7 +126,9 @@ def draw_augment_parameters(
     )
 
 
-def augment(images: Tensor, parameters: AugmentParameters, out: Tensor) -> None:
+def augment(
+    images: Tensor, parameters: AugmentParameters, out: Tensor, normalization: Normalization = IMAGENET
+) -> None:
     """Augment and normalize all views of one resolution. Every fast kernel has this contract.
 
     `images` is uint8 [B, V, S, S, 3] and stays as it is, `parameters` has arrays [V, B]. The result goes into `out`
@@ -122,7 +139,7 @@ def augment(images: Tensor, parameters: AugmentParameters, out: Tensor) -> None:
     for view, target in enumerate(out.split(batch)):
         for first in range(0, batch, step):
             part = slice(first, first + step)
-            normalize(augment_levels(images[part, view], parameters[view][part]), target[part])
+            normalize(augment_levels(images[part, view], parameters[view][part]), target[part], normalization)
 
 
 def augment_levels(images: Tensor, parameters: AugmentParameters) -> Tensor:
@@ -260,16 +277,23 @@ _JITTER = {
 }
 
 
-def normalize(images: Tensor, out: Tensor) -> None:
+def normalize(images: Tensor, out: Tensor, normalization: Normalization = IMAGENET) -> None:
     """Write (level / 255 − mean) / std of uint8 [B, S, S, 3] into `out` [B, 3, S, S], channels-last, any float type."""
-    scale = torch.tensor([1 / (255 * std) for std in STD], device=images.device)
-    shift = torch.tensor([-mean / std for mean, std in zip(MEAN, STD, strict=True)], device=images.device)
-    out.permute(0, 2, 3, 1).copy_((images * scale).add_(shift))
+    scale, shift = find_scale_and_shift(normalization)
+    out.permute(0, 2, 3, 1).copy_(
+        (images * torch.tensor(scale, device=images.device)).add_(torch.tensor(shift, device=images.device))
+    )
 
 
-def build_normalize_table(dtype: torch.dtype) -> Tensor:
+def find_scale_and_shift(normalization: Normalization) -> tuple[list[float], list[float]]:
+    """Return what a level from 0 to 255 is multiplied by in each channel, and what is then added."""
+    mean, std = normalization.mean, normalization.std
+    return [1 / (255 * one) for one in std], [-one / other for one, other in zip(mean, std, strict=True)]
+
+
+def build_normalize_table(dtype: torch.dtype, normalization: Normalization = IMAGENET) -> Tensor:
     """Return what `normalize` makes of each level in each channel, [3, 256]."""
     levels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3)
     out = torch.empty(1, 3, 16, 16, dtype=dtype)
-    normalize(levels, out)
+    normalize(levels, out, normalization)
     return out.view(3, 256)

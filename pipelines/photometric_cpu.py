@@ -21,10 +21,12 @@ from pipelines.photometric import (
     BRIGHTNESS,
     CONTRAST,
     HUE,
+    IMAGENET,
     NONE,
     SATURATION,
     SOLARIZE_THRESHOLD,
     AugmentParameters,
+    Normalization,
     active_operations,
     build_normalize_table,
     gaussian_kernels,
@@ -40,7 +42,9 @@ _CHUNK = 8  # images of one task
 _scratch = threading.local()
 
 
-def augment(images: Tensor, parameters: AugmentParameters, out: Tensor, pool: Executor) -> None:
+def augment(
+    images: Tensor, parameters: AugmentParameters, out: Tensor, pool: Executor, normalization: Normalization = IMAGENET
+) -> None:
     """Augment and normalize all views of one resolution on the CPU, with the threads of `pool`.
 
     `images` is uint8 [B, V, S, S, 3], `parameters` has arrays [V, B]. The result goes into `out` [V·B, 3, S, S],
@@ -48,7 +52,7 @@ def augment(images: Tensor, parameters: AugmentParameters, out: Tensor, pool: Ex
     """
     batch, views, side = images.shape[:3]
     bits = _BITS[out.element_size()]
-    plain = build_normalize_table(out.dtype)
+    plain = build_normalize_table(out.dtype, normalization)
     solarized = torch.where(torch.arange(256) < SOLARIZE_THRESHOLD, plain, plain.flip(1))
     tables = torch.stack([plain, solarized]).view(bits).numpy()
     levels = images.numpy()

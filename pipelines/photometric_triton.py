@@ -32,7 +32,9 @@ COLUMNS = tl.constexpr(23 + ph.BLUR_RADIUS + 1)
 AS_WRITTEN = {"enable_fp_fusion": False}  # fuse a multiplication and an addition only where the code says so
 
 
-def augment(images: Tensor, parameters: ph.AugmentParameters, out: Tensor) -> None:
+def augment(
+    images: Tensor, parameters: ph.AugmentParameters, out: Tensor, normalization: ph.Normalization = ph.IMAGENET
+) -> None:
     """Augment and normalize all views of one resolution.
 
     `images` is uint8 [B, V, S, S, 3], contiguous, and stays as it is. `parameters` has arrays [V, B]. View v of image b
@@ -42,7 +44,7 @@ def augment(images: Tensor, parameters: ph.AugmentParameters, out: Tensor) -> No
     batch, views, side = images.shape[:3]
     if not images.is_contiguous() or not out.permute(0, 2, 3, 1).is_contiguous():
         raise ValueError("images must be contiguous [B, V, S, S, 3], and out channels-last [V·B, 3, S, S]")
-    host = build_table(parameters)
+    host = build_table(parameters, normalization)
     table = torch.from_numpy(host)
     if out.is_cuda:
         # This takes a fresh buffer from torch's caching allocator, which keeps it until the copy is done.
@@ -60,7 +62,9 @@ def augment(images: Tensor, parameters: ph.AugmentParameters, out: Tensor) -> No
             _blur[(len(host), tiles**2)](table, sharp, out, side, **AS_WRITTEN)
 
 
-def build_table(parameters: ph.AugmentParameters) -> npt.NDArray[np.float32]:
+def build_table(
+    parameters: ph.AugmentParameters, normalization: ph.Normalization = ph.IMAGENET
+) -> npt.NDArray[np.float32]:
     """Return what the kernels must know of each view and image, [V·B, COLUMNS]: view 0 of all images, then view 1.
 
     TURNS is the number of operations before contrast, or -1 without contrast. Levels from SOLARIZE on are inverted;
@@ -78,8 +82,7 @@ def build_table(parameters: ph.AugmentParameters) -> npt.NDArray[np.float32]:
     rows[..., GRAYSCALE.value] = parameters.grayscale
     rows[..., BLUR.value] = parameters.blur_sigma > 0
     rows[..., SOLARIZE.value] = np.where(parameters.solarize, ph.SOLARIZE_THRESHOLD, 256)
-    rows[..., SCALE.value : SHIFT.value] = [1 / (255 * std) for std in ph.STD]
-    rows[..., SHIFT.value : WEIGHT.value] = [-mean / std for mean, std in zip(ph.MEAN, ph.STD, strict=True)]
+    rows[..., SCALE.value : SHIFT.value], rows[..., SHIFT.value : WEIGHT.value] = ph.find_scale_and_shift(normalization)
     kernels = ph.gaussian_kernels(parameters.blur_sigma)
     rows[..., WEIGHT.value :] = kernels[..., ph.BLUR_RADIUS :]  # they are symmetric, so one side is enough
     return rows.reshape(-1, COLUMNS.value)

@@ -17,6 +17,7 @@ _COMMANDS = {
     "check": commands.run_check,
     "info": commands.run_info,
     "show": commands.run_show,
+    "stats": commands.run_stats,
 }
 
 

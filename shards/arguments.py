@@ -84,6 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_info(commands)
     _add_show(commands)
+    _add_stats(commands)
     return parser
 
 
@@ -176,6 +177,25 @@ def _add_info(commands: Commands) -> None:
         "Print counts, sizes, shapes and class balance of a shard folder, and which\nimages were rejected.",
     )
     _add_folder_argument(command, "the shards and their manifest")
+
+
+def _add_stats(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "stats",
+        "DIR",
+        "measure the mean and the deviation of the color channels",
+        "Decode images, and print the mean and the standard deviation of red, green and\n"
+        "blue, for data.mean and data.std of a recipe. Every image counts the same.",
+    )
+    _add_folder_argument(command, "the shards and their manifest")
+    command.add_argument(
+        "--images", type=parse_sample_count, metavar="N", help="images to measure, spread evenly (default: all)"
+    )
+    command.add_argument(
+        "--report", type=parse_path, metavar="FILE", help="also write the figures to this file, as JSON"
+    )
+    _add_workers_option(command)
 
 
 def _add_show(commands: Commands) -> None:

@@ -10,6 +10,7 @@ from shards import messages
 from shards.errors import UserError
 from shards.images.rules import ImageRules
 from shards.index import ShardIndex, open_records
+from shards.inspect.channels import measure_channels
 from shards.inspect.check import check
 from shards.inspect.info import describe
 from shards.inspect.show import draw_contact_sheet, save_sheet
@@ -72,8 +73,7 @@ def run_index(arguments: argparse.Namespace) -> int:
 def run_check(arguments: argparse.Namespace) -> int:
     started = time.monotonic()
     folder = str(_open_existing(arguments.folder))
-    if arguments.report and not os.path.isdir(os.path.dirname(arguments.report) or "."):
-        raise UserError(f"--report {arguments.report}: its folder does not exist. Make it first.")
+    _refuse_report_without_folder(arguments.report)
     with show_progress("checking") as progress:
         report = check(folder, arguments.workers, progress)
     for line in messages.describe_report(report, folder, time.monotonic() - started):
@@ -98,6 +98,22 @@ def run_show(arguments: argparse.Namespace) -> int:
         save_sheet(draw_contact_sheet(samples, arguments.count, arguments.seed), arguments.grid)
     print_line(str(arguments.grid))
     return 0
+
+
+def run_stats(arguments: argparse.Namespace) -> int:
+    _refuse_report_without_folder(arguments.report)
+    with ShardIndex(str(_open_existing(arguments.folder))) as index, show_progress("measuring") as progress:
+        found = measure_channels(index, arguments.images, arguments.workers, progress)
+    for line in messages.describe_channels(found):
+        print_line(line)
+    if arguments.report:
+        Path(arguments.report).write_text(found.to_json())
+    return 0
+
+
+def _refuse_report_without_folder(report: str | None) -> None:
+    if report and not os.path.isdir(os.path.dirname(report) or "."):
+        raise UserError(f"--report {report}: its folder does not exist. Make it first.")
 
 
 def _pack_into(out: Folder, arguments: argparse.Namespace) -> None:

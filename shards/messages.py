@@ -5,6 +5,7 @@ import sys
 from collections.abc import Iterator
 
 from shards.errors import UserError
+from shards.inspect.channels import ChannelStatistics
 from shards.inspect.check import Report
 from shards.layout import DUPLICATES_FILE, REJECTED_FILE, UNLABELED
 from shards.manifest import Manifest
@@ -74,3 +75,16 @@ def describe_report(report: Report, folder: str, seconds: float) -> Iterator[str
     images, shards = format_count(report.images, "image"), format_count(report.shards, "shard")
     rate = f"{seconds:.1f} s, {report.images / seconds:.0f} img/s"
     yield f"{folder}: {problems} in {images}, {shards}, {format_count(report.bytes, 'byte')} ({rate})"
+
+
+def describe_channels(found: ChannelStatistics) -> Iterator[str]:
+    """Yield lines on the color channels, of which the middle ones are a part of a recipe in YAML."""
+    yield f"{format_count(found.images, 'image')}; put these lines into the recipe:"
+    yield "data:"
+    yield f"  mean: {list(found.mean)}"
+    yield f"  std: {list(found.std)}"
+    if found.unreadable:
+        yield f"{format_count(found.unreadable, 'image')} could not be decoded. Run `make-shards check` on the folder."
+    for name, std in zip(("red", "green", "blue"), found.std, strict=True):
+        if not std:
+            yield f"All pixels have the same {name}. A recipe refuses a std of 0, so give another number there."

@@ -176,7 +176,7 @@ def decode_batches(parts: RankParts, decoder: Decoder) -> Work:
 def augment_batches(parts: RankParts, pool: ThreadPoolExecutor) -> Work:
     """Augment random crops that lie on the device."""
     recipe, device = parts.recipe, parts.ranks.device
-    augment, _ = choose_augment(device)
+    augment, _ = choose_augment(device, recipe.data.normalization)
     crops = [
         torch.randint(256, (parts.share, views.stop - views.start, size, size, 3), dtype=torch.uint8, device=device)
         for size, views in recipe.crops.resolutions

@@ -15,6 +15,7 @@ from dino_fast import checkpoint
 from dino_fast.model.backbones import build_backbone
 from pipelines.labeled import load_labeled_batches
 from pipelines.loader import count_default_threads
+from pipelines.photometric import IMAGENET, MEAN, STD, Normalization
 from shards.errors import UserError
 from shards.index import ShardIndex
 
@@ -44,6 +45,12 @@ def load_backbone(path: Path, network: Literal["teacher", "student"]) -> tuple[n
             "checkpoint that `dino-fast train` wrote."
         ) from error
     return backbone, state["recipe"], state["step"]
+
+
+def read_normalization(recipe: dict[str, Any]) -> Normalization:
+    """Return the normalization of a run from its recipe. In early checkpoints it is not a setting, but ImageNet's."""
+    data = recipe.get("data", {})
+    return Normalization(tuple(data.get("mean", MEAN)), tuple(data.get("std", STD)))
 
 
 def _load_state(path: Path) -> dict[str, Any]:
@@ -78,7 +85,13 @@ class Features:
 
 
 def compute_features(
-    backbone: nn.Module, train: ShardIndex, val: ShardIndex, resize: int, crop: int, device: torch.device
+    backbone: nn.Module,
+    train: ShardIndex,
+    val: ShardIndex,
+    resize: int,
+    crop: int,
+    device: torch.device,
+    normalization: Normalization = IMAGENET,
 ) -> Features:
     """Compute the backbone's features of both sets, on the device, or on the CPU where they do not fit there.
 
@@ -87,7 +100,7 @@ def compute_features(
     """
     train_numbers = torch.tensor(_match_classes(train, val))
     (train_features, train_labels), (val_features, val_labels) = (
-        extract_features(backbone, index, resize, crop, device) for index in (train, val)
+        extract_features(backbone, index, resize, crop, device, normalization) for index in (train, val)
     )
     home = train_features.device if train_features.device == val_features.device else torch.device("cpu")
     val_labels = train_numbers.to(val_labels.device)[val_labels]
@@ -113,16 +126,22 @@ def _match_classes(train: ShardIndex, val: ShardIndex) -> list[int]:
 
 @torch.inference_mode()
 def extract_features(
-    backbone: nn.Module, index: ShardIndex, resize: int, crop: int, device: torch.device
+    backbone: nn.Module,
+    index: ShardIndex,
+    resize: int,
+    crop: int,
+    device: torch.device,
+    normalization: Normalization = IMAGENET,
 ) -> tuple[Tensor, Tensor]:
     """Compute features [N, D], float32, and labels [N], int64, of every sample.
 
-    resize: short side of the resized image, pixels; crop: side of the center crop, pixels. The results are on the
+    resize: short side of the resized image, pixels; crop: side of the center crop, pixels; normalization: that of the
+    backbone's training. The results are on the
     device if they fit into half of its free memory, else on the CPU. The backbone stays in evaluation mode: batch
     norms use their running statistics.
     """
     backbone.to(device).to(memory_format=torch.channels_last).eval()
-    batches = load_labeled_batches(index, BATCH_SIZE, resize, crop, count_default_threads())
+    batches = load_labeled_batches(index, BATCH_SIZE, resize, crop, count_default_threads(), normalization)
     total, done = -(-len(index) // BATCH_SIZE), 0
     features = torch.empty(0)
     for images, _ in show_progress(batches, f"features of {index.folder}", total):

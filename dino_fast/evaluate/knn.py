@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dino_fast.distributed import choose_device
 from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from
 from dino_fast.evaluate.features import check_labels, compute_features
+from pipelines.photometric import IMAGENET, Normalization
 from shards.index import ShardIndex
 
 KS = (10, 20, 100, 200)
@@ -74,10 +75,16 @@ def _count_hits(weights: Tensor, neighbor_labels: Tensor, labels: Tensor, classe
 
 
 def evaluate_knn(
-    backbone: nn.Module, train: ShardIndex, val: ShardIndex, resize: int, crop: int, device: torch.device
+    backbone: nn.Module,
+    train: ShardIndex,
+    val: ShardIndex,
+    resize: int,
+    crop: int,
+    device: torch.device,
+    normalization: Normalization = IMAGENET,
 ) -> dict[int, KnnScore]:
     """Score a backbone's features of `val` against those of `train`. Raises UserError where the classes do not fit."""
-    found = compute_features(backbone, train, val, resize, crop, device)
+    found = compute_features(backbone, train, val, resize, crop, device, normalization)
     return score_weighted_knn(found.train, found.train_labels, found.val, found.val_labels, found.classes)
 
 
@@ -95,8 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     backbone, evaluation = load_backbone_from(options)
     resize, crop = evaluation["resize"], evaluation["crop"]
+    normalization = Normalization(evaluation["mean"], evaluation["std"])
     with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
-        scores = evaluate_knn(backbone, train, val, resize, crop, choose_device(options.device, 0))
+        scores = evaluate_knn(backbone, train, val, resize, crop, choose_device(options.device, 0), normalization)
         print(f"{options.network} after {evaluation['step']} steps: {len(train)} train and {len(val)} val images")
         print(f"short side {resize}, center crop {crop}, temperature {TEMPERATURE}")
     for k, score in scores.items():

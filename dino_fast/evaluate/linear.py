@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dino_fast.distributed import choose_device
 from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from, parse_whole_number
 from dino_fast.evaluate.features import check_labels, compute_features, show_progress
+from pipelines.photometric import IMAGENET, Normalization
 from shards.errors import UserError
 from shards.index import ShardIndex
 
@@ -156,12 +157,13 @@ def evaluate_linear(
     crop: int,
     device: torch.device,
     protocol: LinearProtocol,
+    normalization: Normalization = IMAGENET,
 ) -> list[LinearScore]:
     """Train heads on a backbone's features of `train` and score them on those of `val`: one score per learning rate.
 
     Raises UserError where the classes do not fit, or where features are not finite.
     """
-    found = compute_features(backbone, train, val, resize, crop, device)
+    found = compute_features(backbone, train, val, resize, crop, device, normalization)
     if not (found.train.sum() + found.val.sum()).isfinite():
         raise UserError(
             "--checkpoint: the features of its backbone are not finite, because the run diverged. Pass an earlier "
@@ -200,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     resize, crop = evaluation["resize"], evaluation["crop"]
     with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
         device = choose_device(options.device, 0)
-        scores = evaluate_linear(backbone, train, val, resize, crop, device, protocol)
+        normalization = Normalization(evaluation["mean"], evaluation["std"])
+        scores = evaluate_linear(backbone, train, val, resize, crop, device, protocol, normalization)
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
     print(f"{options.network} after {evaluation['step']} steps: {counts['train']} train and {counts['val']} val images")
     print(f"short side {resize}, center crop {crop}, {counts['classes']} classes")

@@ -23,6 +23,7 @@ from dino_fast.evaluate.knn import score_weighted_knn
 from dino_fast.model.backbones import evaluating
 from pipelines.labeled import load_labeled_batches
 from pipelines.loader import count_default_threads
+from pipelines.photometric import IMAGENET, Normalization
 from shards.errors import UserError
 from shards.index import ShardIndex
 
@@ -70,12 +71,14 @@ class _Samples:
 class OnlineKnn:
     """Takes k-NN scores while a backbone is trained. Every rank makes one, and all ask for scores at the same steps.
 
-    `global_size`: side of the recipe's global crops, pixels. Raises UserError, which names the flag, for a recipe that
-    could give no score.
+    `global_size`: side of the recipe's global crops, pixels. `normalization`: that of the run's batches. Raises
+    UserError, which names the flag, for a recipe that could give no score.
     """
 
-    def __init__(self, recipe: KnnRecipe, global_size: int, ranks: Ranks) -> None:
-        self._k, self._ranks = recipe.k, ranks
+    def __init__(
+        self, recipe: KnnRecipe, global_size: int, ranks: Ranks, normalization: Normalization = IMAGENET
+    ) -> None:
+        self._k, self._ranks, self._normalization = recipe.k, ranks, normalization
         self._crop = recipe.crop or global_size
         self._resize = recipe.resize or round(self._crop * 256 / 224)
         if self._resize < self._crop:
@@ -131,8 +134,9 @@ class OnlineKnn:
         subset = _Subset(samples.index, take_share(samples.ids, self._ranks))
         with samples.index:  # its files are closed between two scores
             batches = load_labeled_batches(
-                cast(ShardIndex, subset), BATCH_SIZE, self._resize, self._crop, count_default_threads()
-            )
+                cast(ShardIndex, subset), BATCH_SIZE, self._resize, self._crop, count_default_threads(),
+                self._normalization,
+            )  # fmt: skip
             # `forward` goes around the compiled graph. A call would compile one more graph, for evaluation mode.
             features = [backbone.forward(images.to(self._ranks.device)).float() for images, _ in batches]
         return torch.cat(features)

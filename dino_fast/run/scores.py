@@ -11,7 +11,9 @@ from shards.errors import UserError
 
 def open_knn(recipe: Recipe, ranks: Ranks) -> OnlineKnn | None:
     """Open the labeled shards of the k-NN score. Returns None if the recipe asks for no score."""
-    return OnlineKnn(recipe.knn, recipe.crops.global_size, ranks) if recipe.knn.enabled else None
+    if not recipe.knn.enabled:
+        return None
+    return OnlineKnn(recipe.knn, recipe.crops.global_size, ranks, recipe.data.normalization)
 
 
 def log_knn_if_due(run: TrainingRun, done: int) -> None:

@@ -1,21 +1,19 @@
 """Draw a contact sheet of random samples, each with its class, in the colors that training sees."""
 
 import contextlib
-import io
 import math
 import os
 import random
 import textwrap
 import unicodedata
 import uuid
-import warnings
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
 
 from shards.errors import UserError
-from shards.index import BadSample, ShardIndex
+from shards.index import ShardIndex
+from shards.inspect.rgb import UnreadableError, decode_rgb
 from shards.layout import UNLABELED
 from shards.text import escape_unprintable
 
@@ -27,10 +25,6 @@ _FONT_SIZE = 13
 _PAPER, _CELL, _INK, _FAINT, _ALARM = "white", (236, 236, 236), (20, 20, 20), (110, 110, 110), (170, 20, 20)
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
-
-
-class _UnreadableError(Exception):
-    """A sample cannot be drawn. The message is the reason, for people."""
 
 
 def draw_contact_sheet(index: ShardIndex, count: int, seed: int, side: int = 160) -> Image.Image:
@@ -82,33 +76,13 @@ def _draw_cell(index: ShardIndex, id: int, side: int, font: Font) -> Image.Image
     """Return the image on gray, or the reason why there is none."""
     cell = Image.new("RGB", (side, side), _CELL)
     try:
-        image = _scale(_decode(index, id), side)
-    except _UnreadableError as error:
+        image = _scale(decode_rgb(index, id), side)
+    except UnreadableError as error:
         lines = textwrap.wrap(_convert_to_ascii(str(error)), max(side // 7, 1))  # 7 pixels: about a letter's width
         ImageDraw.Draw(cell).multiline_text((4, 2), "\n".join(lines), _ALARM, font, spacing=3)
         return cell
     cell.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return cell
-
-
-def _decode(index: ShardIndex, id: int) -> Image.Image:
-    """Return a sample as 8-bit RGB without EXIF rotation, converted as the decoders of pipelines/ do."""
-    try:
-        (data,) = index.read([id])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's about odd images: they were packed nonetheless
-            with Image.open(io.BytesIO(data)) as image:
-                if image.mode.startswith("I;16"):  # Pillow's own conversion clips these to white
-                    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-                return image.convert("RGB")
-    except BadSample as error:
-        raise _UnreadableError(error.reason) from error
-    except UnidentifiedImageError as error:  # its own message holds an address that differs on every run
-        raise _UnreadableError("not an image, or its header is damaged") from error
-    except MemoryError:
-        raise
-    except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
-        raise _UnreadableError(str(error) or type(error).__name__) from error
 
 
 def _scale(image: Image.Image, side: int) -> Image.Image:

@@ -14,6 +14,8 @@ from dino_fast.config import UsageError, read_recipe
         (["--output="], "output is empty: name a folder"),
         (["--crops.local_size=256"], "crops.local_size = 256 is larger than crops.global_size = 224"),
         (["--data.hw_decoder_load=-0.5"], "data.hw_decoder_load = -0.5: expected a share from 0 to 1, or -1"),
+        (["--data.std=[0.2,0.2,0]"], "data.std = [0.2, 0.2, 0.0]: expected three finite numbers above 0"),
+        (["--data.mean=[.inf,0,0]"], "data.mean = [inf, 0.0, 0.0]: expected three finite numbers"),
         (["--head.batch_norm=true", "--head.layers=1"], "head.batch_norm = True does nothing with head.layers = 1"),
         (["--loss.teacher_temp=0.07"], "loss.warmup_teacher_temp = 0.04 is never used. Give loss.warm"),
         (["--loss.warmup_teacher_temp=0.02"], "or set it to loss.teacher_temp = 0.04"),

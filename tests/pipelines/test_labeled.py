@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from pipelines.labeled import load_labeled_batches, resize_and_crop
-from pipelines.photometric import MEAN, STD
+from pipelines.photometric import MEAN, STD, Normalization
 from shards.index import ShardIndex
 
 
@@ -29,6 +29,14 @@ def test_batches_are_every_sample_once_in_order(index: ShardIndex):
         expected = resize_and_crop_by_pillow(Image.open(io.BytesIO(sample)), 36, 32)
         levels = (images[place].permute(1, 2, 0) * torch.tensor(STD) + torch.tensor(MEAN)) * 255
         assert np.abs(levels.numpy() - expected).mean() < 0.3
+
+
+def test_batches_are_normalized_as_told(index: ShardIndex):
+    [(plain, _)] = list(load_labeled_batches(index, 100, 36, 32, 2))
+    [(told, _)] = list(load_labeled_batches(index, 100, 36, 32, 2, Normalization((0, 0, 0), (1, 1, 1))))
+    levels = told.permute(0, 2, 3, 1) * 255
+    assert (levels - levels.round()).abs().max() < 1e-3
+    assert (levels - (plain.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)) * 255).abs().max() < 1e-3
 
 
 def test_strips_do_not_become_huge():

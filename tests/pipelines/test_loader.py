@@ -11,7 +11,7 @@ import torch
 
 from pipelines.crops import CropRecipe
 from pipelines.loader import Batch, DataRecipe, Loader, open_index
-from pipelines.photometric import PhotometricRecipe
+from pipelines.photometric import MEAN, STD, PhotometricRecipe
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -42,6 +42,14 @@ def is_same(one: Batch, other: Batch) -> bool:
         and torch.equal(one.globals, other.globals)
         and torch.equal(one.locals, other.locals)
     )
+
+
+def test_batches_are_normalized_by_the_recipe(index: ShardIndex):
+    [plain], [told] = load(index, 0, 1), load(index, 0, 1, mean=(0.1, 0.5, 0.9), std=(0.05, 0.25, 1.5))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    new_mean, new_std = torch.tensor([0.1, 0.5, 0.9]).view(3, 1, 1), torch.tensor([0.05, 0.25, 1.5]).view(3, 1, 1)
+    for ours, other in ((told.globals, plain.globals), (told.locals, plain.locals)):
+        assert (ours - (other * std + mean - new_mean) / new_std).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("decode", ["dali", "torch"])

@@ -110,6 +110,22 @@ def test_half_precision_batches_are_the_rounded_ones(dtype, tolerance):
     assert ((half.float() - exact).abs() <= tolerance * exact.abs() + 1e-6).all()
 
 
+def test_normalize_subtracts_the_mean_and_divides_by_the_deviation():
+    images, out = make_images(3, 16), torch.empty(3, 3, 16, 16)
+    mean, std = (0.1, 0.5, 0.9), (0.05, 0.25, 1.5)
+    ph.normalize(images, out, ph.Normalization(mean, std))
+    exact = (images.double() / 255 - torch.tensor(mean).double()) / torch.tensor(std).double()
+    assert (out.permute(0, 2, 3, 1).double() - exact).abs().max() < 2e-5
+
+
+def test_gray_images_keep_their_levels_to_one():
+    gray = torch.arange(256, dtype=torch.uint8).view(1, 16, 16, 1).expand(1, 16, 16, 3).contiguous()
+    for factor in (0.8, 1.0, 1.2):
+        assert (ph.adjust_saturation(gray, np.array([factor])).int() - gray.int()).abs().max() <= 1
+        assert torch.equal(ph.adjust_hue(gray, np.array([factor / 2 - 0.5])), gray)
+    assert (ph.to_grayscale(gray).int() - gray.int()).abs().max() <= 1
+
+
 def test_parameters_follow_the_recipe():
     count = 20000
     parameters = ph.draw_augment_parameters(ph.PhotometricRecipe(), 0, 0, np.arange(count), 4)

@@ -59,6 +59,18 @@ def test_the_kernel_agrees_with_the_reference(seed, side, batch, views, recipe):
     assert ((ours - theirs).abs() > 1.5).float().mean() <= 1e-3
 
 
+def test_the_kernel_normalizes_as_it_is_told():
+    images, other = make_views(4, 2, 48), ph.Normalization((0.1, 0.5, 0.9), (0.05, 0.25, 1.5))
+    parameters = ph.draw_augment_parameters(ph.PhotometricRecipe(), 0, 0, np.arange(4), 2)
+    plain, told = empty(images), empty(images)
+    cpu.augment(images, parameters, plain, POOL)
+    cpu.augment(images, parameters, told, POOL, other)
+    mean, std, new_mean, new_std = (
+        torch.tensor(values).view(3, 1, 1) for values in (ph.MEAN, ph.STD, other.mean, other.std)
+    )
+    assert (told - (plain * std + mean - new_mean) / new_std).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize("operation", range(4))
 @pytest.mark.parametrize("grayscale", [False, True])
 def test_single_operations_differ_by_a_level_at_most(operation, grayscale):

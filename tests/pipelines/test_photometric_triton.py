@@ -58,6 +58,15 @@ def to_levels(normalized: Tensor) -> Tensor:
     return (normalized * std + mean) * 255
 
 
+def test_the_kernel_normalizes_as_it_is_told():
+    images, told = make_views(2, 2, 33), ph.Normalization((0.1, 0.5, 0.9), (0.05, 0.25, 1.5))
+    parameters = draw_any_parameters(2, 2, 5)
+    out = torch.empty(4, 3, 33, 33, device=DEVICE).contiguous(memory_format=torch.channels_last)
+    fast.augment(images.to(DEVICE), parameters, out, told)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (told.mean, told.std))
+    assert ((out.cpu() * std + mean) * 255 - to_levels(augment_fast(images, parameters))).abs().max() < 0.01
+
+
 def measure_differences(images: Tensor, parameters: ph.AugmentParameters) -> Tensor:
     """Return by how many levels the kernel and the reference differ."""
     batch, views, side = images.shape[:3]

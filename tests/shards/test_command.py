@@ -232,7 +232,7 @@ def test_a_call_without_a_command_lists_them(capsys: pytest.CaptureFixture[str])
     assert main([]) == 0
     printed = capsys.readouterr()
     assert printed.err == ""
-    for command in ("pack", "index", "check", "info", "show"):
+    for command in ("pack", "index", "check", "info", "show", "stats"):
         assert re.search(rf"^    {command} +\w.*$", printed.out, re.MULTILINE), command
 
 
@@ -309,5 +309,5 @@ def test_it_prints_the_completion_of_a_shell(shell: str, capsys: pytest.CaptureF
     pytest.importorskip("shtab")
     assert main(["--print-completion", shell]) == 0
     words = set(re.findall(r"[\w-]+", capsys.readouterr().out))
-    assert {"pack", "index", "check", "info", "show"} <= words
+    assert {"pack", "index", "check", "info", "show", "stats"} <= words
     assert any("shard-size" in word for word in words)

@@ -569,7 +569,7 @@ def test_indexing_again_after_a_change(typed: Typed, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "zip").iterdir()] == ["a.tar"]
 
 
-@pytest.mark.parametrize("command", ["", "pack", "index", "check", "info", "show"])
+@pytest.mark.parametrize("command", ["", "pack", "index", "check", "info", "show", "stats"])
 def test_help_fits_a_terminal(
     command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,6 +23,7 @@ from dino_fast.evaluate.linear import (
     score_heads,
     train_heads,
 )
+from pipelines.photometric import MEAN, STD
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -256,7 +257,8 @@ def test_the_command_scores_a_run(train_here, labelled_shards: Path, tmp_path: P
     sweep, best = result.pop("linear"), result.pop("best")
     assert result == {
         "checkpoint": str(tmp_path / "run"), "step": 2, "network": "teacher", "resize": 37, "crop": 32,
-        "train": 40, "val": 40, "classes": 2, "epochs": 10, "batch": 16, "seed": 5,
+        "mean": list(MEAN), "std": list(STD), "train": 40, "val": 40, "classes": 2,
+        "epochs": 10, "batch": 16, "seed": 5,
     }  # fmt: skip
     assert [score["lr"] for score in sweep] == [0.001, 0.03, 1]
     assert best in sweep
