@@ -67,10 +67,16 @@ def build_loss_arms(recipe: Recipe, device: torch.device, dtype: torch.dtype) ->
 
 
 def run_baseline_loss(step: Published | Stock, student: Tensor, teacher: Tensor) -> None:
-    """Compute a baseline's loss, its gradient and the new center."""
+    """Compute a baseline's loss, its gradient and the new center.
+
+    The published loss of float16 logits runs under autocast, which computes its softmaxes in float32.
+    """
     logits = student.detach().requires_grad_()
     wide = isinstance(step, Stock)
-    step.loss(logits.float() if wide else logits, teacher.float() if wide else teacher, VIEWS).backward()
+    half = student.dtype == torch.float16 and not wide
+    with torch.autocast(student.device.type, torch.float16, enabled=half):
+        loss = step.loss(logits.float() if wide else logits, teacher.float() if wide else teacher, VIEWS)
+    loss.backward()
     if isinstance(step, Stock):  # the published loss moves the center itself
         step.center.lerp_(teacher.float().mean(dim=0, keepdim=True), 1 - step.recipe.loss.center_momentum)
 

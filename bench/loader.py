@@ -199,7 +199,7 @@ def count_parity_images(setup: Setup) -> int:
 
 def measure_round(arm: Arm, setup: Setup, augment: PhotometricRecipe, seconds: float) -> Figures:
     """Return the figures of one round of an arm. Images are counted for `seconds` seconds."""
-    built = time.perf_counter()
+    built = read_gpu_clock()
     batches = arm.batches(setup, augment)
     next(batches)
     first = read_gpu_clock() - built
@@ -219,8 +219,11 @@ def measure_round(arm: Arm, setup: Setup, augment: PhotometricRecipe, seconds: f
 
 
 def read_gpu_clock() -> float:
-    """Return the clock's time in seconds, once all work that was started on the GPU is done."""
-    if torch.cuda.is_available():
+    """Return the clock's time in seconds, once all work that was started on the GPU is done.
+
+    A process that has not used the GPU so far does not begin to: that takes a second or more.
+    """
+    if torch.cuda.is_initialized():
         torch.cuda.synchronize()
     return time.perf_counter()
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bench import baselines
 from bench.baselines import Pair, Published, Stock
+from bench.kernels import run_baseline_loss
 from dino_fast.config import Recipe
 from dino_fast.model.head import HeadRecipe
 from dino_fast.model.student_teacher import build_student_teacher
@@ -174,3 +175,17 @@ def test_the_published_step_stops_if_the_loss_is_nan(pair: Pair):
     globals_, locals_ = crops(0)
     with pytest.raises(FloatingPointError, match="nan"):
         Published(RECIPE, pair, HYPER, CPU)(globals_ * float("nan"), locals_)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [(torch.float16, True), (torch.float32, False)])
+def test_the_published_loss_of_half_logits_runs_under_autocast(dtype: torch.dtype, expected: bool):
+    seen = []
+
+    class Step:
+        def loss(self, student: torch.Tensor, teacher: torch.Tensor, views: int) -> torch.Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            assert student.dtype == teacher.dtype == dtype
+            return student.sum()
+
+    run_baseline_loss(Step(), torch.zeros(8, 4, dtype=dtype), torch.zeros(2, 4, dtype=dtype))  # type: ignore[arg-type]
+    assert seen == [expected]
