@@ -125,12 +125,13 @@ PHASES = ("optim.warmup_epochs", "loss.warmup_teacher_temp_epochs", "optim.freez
 def read_recipe(arguments: Sequence[str], prog: str = "dino-fast train", also: Sequence[str] = ()) -> Recipe:
     """Read the recipe of a command line such as `--config FILE --crops.locals 6`.
 
+    Flags override files, wherever they stand. Of several files, and of several flags of one name, later ones win.
     `also` are the names of further flags of the command, which a misspelled flag may mean. Raises UsageError with what
     is wrong.
     """
     parser = build_parser(prog)
     try:
-        settings = vars(parser.instantiate(parser.parse_args(normalize_flags(arguments))))
+        settings = vars(parser.instantiate(parser.parse_args(move_files_first(normalize_flags(arguments)))))
     except (ArgumentError, ImportError) as error:
         raise UsageError(explain_message(str(error), list_settings(Recipe), also)) from error
     recipe = Recipe(**{name: value for name, value in settings.items() if name != "config"})
@@ -150,6 +151,18 @@ def normalize_flags(arguments: Sequence[str]) -> list[str]:
         if argument in switches and following.startswith("--"):
             written.append("true")
     return written
+
+
+def move_files_first(flags: Sequence[str]) -> list[str]:
+    """Return the flags with every `--config FILE` before the others, because jsonargparse lets the later ones win."""
+    files: list[str] = []
+    others: list[str] = []
+    before = ""
+    for word in flags:
+        is_file = before == "--config" and not word.startswith("--")
+        (files if is_file or word.partition("=")[0] == "--config" else others).append(word)
+        before = word
+    return files + others
 
 
 def build_parser(prog: str) -> ArgumentParser:

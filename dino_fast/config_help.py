@@ -24,7 +24,7 @@ _HEAD = """usage: {prog} [--config FILE] [--SETTING VALUE ...]
 Train a backbone with DINO on shards. The same command again resumes the run.
 On several GPUs: torchrun --nproc_per_node N -m dino_fast.train [--SETTING VALUE ...]
 
-  --config FILE     a recipe in YAML, such as configs/resnet50_100ep.yaml; flags override what it says
+  --config FILE     a recipe in YAML, such as configs/resnet50_100ep.yaml; flags override it wherever they stand
   --print-config    print the whole recipe and exit
   --help            print the settings that people change most
   --help-all        print all settings

@@ -6,6 +6,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dino_fast.advise import doctor, plan
 from dino_fast.config import Recipe, UsageError, build_parser, check, list_settings, read_recipe
 from dino_fast.run.recipe_changes import add_defaults, find_differences, to_plain_data
 
@@ -44,6 +45,43 @@ def test_flags_override_the_file_and_sections_keep_their_defaults(tmp_path: Path
     assert read_recipe(["--epochs", "5000 steps", "--optim.warmup_epochs", "0.5"]).epochs == "5000 steps"
     assert recipe.crops.global_scale == (0.2, 1.0)
     assert recipe.crops.global_size == 224
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "{file} --output A --batch_size 8 --crops.locals 5",
+        "--output A --batch_size 8 --crops.locals 5 {file}",
+        "--output A {file} --batch-size=8 --crops.locals 5",
+        "--output=A --batch_size=8 --crops.locals=5 {file}",
+        "--dump-crops --output A --batch_size 8 {file} --crops.locals 5",
+    ],
+)
+@pytest.mark.parametrize("how", ["--config {}", "--config={}"])
+def test_flags_override_the_file_wherever_they_stand(tmp_path: Path, arguments: str, how: str):
+    file = tmp_path / "c.yaml"
+    file.write_text("output: C\nbatch_size: 64\nepochs: 17\ncrops: {locals: 3, local_size: 48}\ndump_crops: false\n")
+    words = arguments.format(file=how.format(file)).split()
+    for recipe in (read_recipe(words), plan.parse_arguments(words)[1], doctor.parse_arguments(words)[1]):
+        assert (recipe.output, recipe.batch_size, recipe.epochs) == ("A", 8, 17)
+        assert (recipe.crops.locals, recipe.crops.local_size) == (5, 48)
+        assert recipe.dump_crops == ("--dump-crops" in words)
+
+
+def test_of_several_files_later_ones_override_single_settings(tmp_path: Path):
+    one, other = tmp_path / "one.yaml", tmp_path / "other.yaml"
+    one.write_text("epochs: 17\nseed: 1\ncrops: {locals: 3, local_size: 48}\n")
+    other.write_text("seed: 2\ncrops: {locals: 4}\n")
+    recipe = read_recipe(["--config", str(one), "--batch_size=8", f"--config={other}"])
+    assert (recipe.epochs, recipe.seed, recipe.batch_size) == (17, 2, 8)
+    assert (recipe.crops.locals, recipe.crops.local_size) == (4, 48)
+    swapped = read_recipe(["--seed", "3", "--config", str(other), "--config", str(one)])
+    assert (swapped.epochs, swapped.seed, swapped.crops.locals) == (17, 3, 3)
+
+
+def test_a_config_without_a_file_takes_no_other_flag():
+    for arguments in (["--seed", "3", "--config"], ["--config", "--seed", "3"]):
+        assert "--config: expected one argument" in refusal(*arguments)
 
 
 @pytest.mark.parametrize(
