@@ -97,8 +97,8 @@ class Recipe:
     log_every: Annotated[int, Ge(1)] = 50
     """steps between two rows of the log"""
     init_from: str = ""
-    """weights that a new run starts from: another run's folder or checkpoint, or a published .pth file; empty: random
-    ones"""
+    """weights that a new run starts from: another run's folder or checkpoint, a published .pth file, or a ResNet
+    that another program saved, also as .safetensors; empty: random ones"""
     dump_crops: bool = False
     """whether the first batch's crops, as the networks see them, are written to crops.png in the output folder"""
     wandb: str = ""

@@ -27,7 +27,7 @@ from dino_fast import checkpoint
 from dino_fast.__main__ import main as dino_fast
 from dino_fast.model.head import HeadRecipe
 from dino_fast.model.student_teacher import build_student_teacher
-from dino_fast.run import initial_weights as initial
+from dino_fast.run import weight_files
 from dino_fast.run.initial_weights import load_initial_weights
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
@@ -164,8 +164,8 @@ def test_settings_that_are_passed_over_do_not_come_to_life(tmp_path: Path) -> No
     allowed = set(torch.serialization.get_safe_globals())
     settings = {"args": argparse.Namespace(x=1), "path": PosixPath("/x"), "lr": np.float64(3), "a": torch.ones(2)}
     torch.save(settings, tmp_path / "settings.pth")
-    read = initial._load(tmp_path / "settings.pth")
-    assert {type(read[name]) for name in ("args", "path", "lr")} == {initial._Ignored}
+    read = weight_files._load(tmp_path / "settings.pth")
+    assert {type(read[name]) for name in ("args", "path", "lr")} == {weight_files._Ignored}
     assert [vars(read[name]) for name in ("args", "path", "lr")] == [{}] * 3
     assert torch.equal(read["a"], torch.ones(2))
     assert set(torch.serialization.get_safe_globals()) == allowed  # and are allowed nowhere else

@@ -2,13 +2,18 @@
 the networks of a step that took them are held against those modules' outputs."""
 
 import argparse
+import collections
 import copy
 import functools
 import io
+import json
 import re
+import struct
+import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path, PosixPath
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -192,7 +197,7 @@ def test_torchvisions_classifier_is_left_out(tmp_path: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
     step = a_step()
     lines = load_initial_weights(step, tmp_path / "resnet18.pth")
-    assert lines[1:] == [f"ignored in {tmp_path / 'resnet18.pth'}: fc.bias, fc.weight"]
+    assert lines[1:] == [f"ignored in {tmp_path / 'resnet18.pth'}: fc"]
     require_equal(step.teacher.state_dict()["backbone.layer4.1.bn2.weight"], network.layer4[1].bn2.weight.data)
     require_equal(step.teacher.backbone.conv1.weight, network.conv1.weight)
 
@@ -276,6 +281,225 @@ def test_the_run_goes_on_from_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert out.loss.isfinite()
     for name in ("student", "teacher"):
         assert not torch.equal(before[name]["backbone.conv1.weight"], step.state_dict()[name]["backbone.conv1.weight"])
+
+
+# ---- What other programs save
+
+
+@functools.cache
+def classifier() -> dict[str, Tensor]:
+    """A torchvision ResNet-18 with its classifier."""
+    fc = {"fc.weight": torch.randn(10, 512), "fc.bias": torch.zeros(10)}
+    return {**published_backbone(1).state_dict(), **fc}
+
+
+def foreign(kind: str) -> Any:
+    """What a program saves of a ResNet-18 whose weights are those of `published_backbone(1)`."""
+    network, average = classifier(), prefixed("", hollow(resnet_shapes("resnet18")))
+    backbone, average_backbone = ({n: v for n, v in w.items() if n[:3] != "fc."} for w in (network, average))
+    training = {"epoch": 3, "arch": "resnet18", "optimizer": {"state": {}, "param_groups": []}}
+    if kind == "moco":  # main_moco.py: the queue, and two encoders, of which the second is a moving average
+        mlp = {"fc.0.weight": torch.zeros(3), "fc.2.bias": torch.zeros(3)}
+        one, other = prefixed("module.encoder_q.", backbone | mlp), prefixed("module.encoder_k.", average_backbone)
+        queue = {"module.queue": torch.zeros(4, 3), "module.queue_ptr": torch.zeros(1, dtype=torch.long)}
+        return {**training, "state_dict": {**other, **one, **queue}}
+    if kind == "moco v3":
+        one, other = prefixed("module.base_encoder.", network), prefixed("module.momentum_encoder.", average)
+        return {**training, "state_dict": {**one, **other, "module.predictor.0.weight": torch.zeros(3)}}
+    if kind == "solo-learn":  # Lightning around solo-learn's names
+        one, other = prefixed("backbone.", backbone), prefixed("momentum_backbone.", average_backbone)
+        heads = {"projector.0.weight": torch.zeros(3), "classifier.weight": torch.zeros(2)}
+        return {**training, "pytorch-lightning_version": "2.1", "state_dict": {**other, **one, **heads}}
+    weights = {
+        "lightning": {"state_dict": prefixed("model.", network), "loops": {"fit_loop": {}}, "callbacks": {}},
+        "lightning encoder": {"state_dict": prefixed("encoder.", backbone) | {"head.weight": torch.zeros(2)}},
+        "simsiam": {"state_dict": prefixed("module.encoder.", network) | {"module.predictor.0.bias": torch.zeros(2)}},
+        "deit": {"model": network, "model_ema": average, "scaler": {}, "args": argparse.Namespace(lr=0.1)},
+        "references": {"model": prefixed("module.", network), "model_ema": average, "lr_scheduler": {"last_epoch": 3}},
+        "compiled": {"model": prefixed("_orig_mod.", network)},
+        "compiled and wrapped": prefixed("module._orig_mod.", network),
+        "compiled inside": {"state_dict": prefixed("model.backbone._orig_mod.", backbone)},
+        "vissl": {"classy_state_dict": {"base_model": {"model": {"trunk": prefixed("_feature_blocks.", backbone)}}}},
+        "swav": prefixed("module.", backbone) | {"module.prototypes.weight": torch.zeros(2)},
+    }[kind]
+    return {**training, **weights} if kind not in ("compiled and wrapped", "swav") else weights
+
+
+KINDS = {
+    "moco": ("state_dict, encoder_q", "encoder_k, fc, queue, queue_ptr"),
+    "moco v3": ("state_dict, base_encoder", "fc, momentum_encoder, predictor"),
+    "solo-learn": ("state_dict", "classifier, momentum_backbone, projector"),
+    "lightning": ("state_dict, model", "fc"),
+    "lightning encoder": ("state_dict, encoder", "head"),
+    "simsiam": ("state_dict, encoder", "fc, predictor"),
+    "deit": ("model", "fc"),
+    "references": ("model", "fc"),
+    "compiled": ("model", "fc"),
+    "compiled and wrapped": ("", "fc"),
+    "compiled inside": ("state_dict, model.backbone", ""),
+    "vissl": ("classy_state_dict, base_model, model, …", ""),
+    "swav": ("", "prototypes"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_other_programs_save_is_unwrapped_and_what_is_left_out_is_said(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "foreign.ckpt"
+    torch.save(foreign(kind), path)
+    step = a_step()
+    before = state_of(step)
+    lines = load_initial_weights(step, path)
+    place, ignored = KINDS[kind]
+    assert lines[0].startswith(f"started from {path}: backbone of one network for student and teacher. New: head, ")
+    expected = [f"The weights of {path} are those under {place}."] * bool(place)
+    assert lines[1:] == [*expected, *[f"ignored in {path}: {ignored}"] * bool(ignored)]
+    require_alike(step.bare_student.backbone, published_backbone(1))
+    require_equal(step.teacher.backbone.state_dict(), step.bare_student.backbone.state_dict())
+    require_equal(step.teacher.head.state_dict(), {n[5:]: v for n, v in before["teacher"].items() if n[:5] == "head."})
+
+
+def test_a_network_of_ours_inside_a_wrapper_keeps_its_head(tmp_path: Path) -> None:
+    teacher = Published(2)
+    torch.save({"state_dict": prefixed("model.module.", teacher.state_dict())}, tmp_path / "dino.ckpt")
+    step = a_step()
+    assert "backbone and head of one network" in load_initial_weights(step, tmp_path / "dino.ckpt")[0]
+    require_alike(step.teacher, teacher)
+
+
+@pytest.mark.parametrize("weights", ["state_dict", "model"])
+def test_settings_of_other_programs_are_dropped_and_do_not_come_to_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: str
+) -> None:
+    """Lightning keeps hyper-parameters in a dict of its own, solo-learn in omegaconf's, with types in it."""
+    settings = ModuleType("omegaconf.dictconfig")
+    exec(
+        "class DictConfig:\n def __setstate__(self, _): raise SystemExit\nclass AttributeDict(dict): pass",
+        vars(settings),
+    )
+    for made in (settings.DictConfig, settings.AttributeDict):
+        made.__module__ = settings.__name__
+    hyper = settings.AttributeDict(lr=0.1, ref=dict, any=Any, more=collections.defaultdict(dict, a={}))
+    config = settings.DictConfig()
+    config._content, config._path = {"lr": 0.1}, PosixPath("/data")
+    for name in ("omegaconf", settings.__name__):
+        monkeypatch.setitem(sys.modules, name, settings)
+    path = tmp_path / "epoch=3-step=10.ckpt"
+    torch.save({weights: classifier(), "hyper_parameters": hyper, "config": config}, path)
+    for name in ("omegaconf", settings.__name__):
+        monkeypatch.delitem(sys.modules, name)
+    step = a_step()
+    load_initial_weights(step, path)
+    require_alike(step.teacher.backbone, published_backbone(1))
+
+
+def test_several_backbones_are_refused_by_their_names(refused) -> None:
+    two = prefixed("left.", classifier()) | prefixed("right.net.", classifier())
+    line = refused({"state_dict": two})
+    assert line == " holds several backbones (left, right.net). Save the state dict of one of them alone."
+    twice = {"state_dict": classifier() | prefixed("module.", classifier())}
+    assert " holds conv1.weight twice, under different prefixes. " in refused(twice)
+
+
+def test_other_networks_are_refused_by_their_names(refused) -> None:
+    line = refused({"state_dict": hollow({"module.features.0.weight": [64, 3, 3, 3], "module.features.0.bias": [64]})})
+    assert "2 unexpected (backbone.features.0.weight, backbone.features.0.bias)" in line
+    assert line.endswith("or not complete. Pass another file.")
+    vit = hollow({"model.cls_token": [1, 1, 384]})
+    assert refused({"state_dict": vit}).startswith(" holds a vision transformer.")
+    line = refused({"model": hollow(resnet_shapes("resnet50")), "args": argparse.Namespace()})
+    assert line.endswith(" Pass --backbone resnet50.")
+
+
+def test_a_file_that_holds_itself_is_refused(refused) -> None:
+    state: dict[str, Any] = {}
+    state["state_dict"] = state
+    assert " holds no weights under state_dict." in refused(state)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit", "ignore:Detected pickle protocol:UserWarning")
+def test_whole_files_in_other_forms_are_not_called_damaged(refused, tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)), tmp_path / "script.pt")
+    torch.save(classifier(), tmp_path / "protocol.pt", pickle_protocol=4)
+    for name in ("script.pt", "protocol.pt"):
+        line = refused((tmp_path / name).read_bytes())
+        assert line.startswith(" is not what torch.save writes of a state dict. Save the model's state_dict()")
+    line = refused({"model": models.resnet18(weights=None)})
+    assert line.startswith(" holds torchvision.models.resnet.ResNet, which is neither a tensor nor plain data")
+
+
+# ---- .safetensors
+
+
+def safetensors(weights: dict[str, Tensor], **header: Any) -> bytes:
+    """The file of these weights, with changes to its header."""
+    names = {
+        torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    }  # fmt: skip
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    values = b""
+    for name, value in weights.items():
+        data = value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        offsets = [len(values), len(values) + len(data)]
+        entries[name] = {"dtype": names[value.dtype], "shape": list(value.shape), "data_offsets": offsets}
+        values += data
+    text = json.dumps(entries | header).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + values
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_safetensors(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
+    weights = {n: v.to(dtype) if v.is_floating_point() else v for n, v in classifier().items()}
+    path = tmp_path / name
+    path.write_bytes(safetensors(weights))
+    step = a_step()
+    lines = load_initial_weights(step, path)
+    assert lines[1:] == [f"ignored in {path}: fc"]
+    found = step.teacher.backbone.state_dict()
+    require_equal(found, {n: weights[n].to(found[n].dtype) for n in found})
+
+
+def test_a_vision_transformer_in_safetensors_is_named(refused) -> None:
+    assert refused(safetensors({"cls_token": torch.zeros(1, 1, 8)})).startswith(" holds a vision transformer.")
+    line = refused(safetensors({"a": torch.zeros(2)}, a={"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}))
+    assert line == ": tensors of type F8_E4M3 are not read. Save its weights as float32."
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"shape": [3]},
+        {"shape": [-1, -2]},
+        {"shape": [True, 2]},
+        {"shape": [2.0]},
+        {"shape": "2"},
+        {"shape": [1 << 70]},
+        {"shape": [1 << 70, 0]},
+        {"data_offsets": [0, 16]},
+        {"data_offsets": [-8, 0]},
+        {"data_offsets": [8, 0]},
+        {"data_offsets": [0]},
+        {"data_offsets": None},
+        {"dtype": ["F32"]},
+    ],
+    ids=str,
+)
+def test_a_forged_header_of_safetensors_is_refused(refused, entry: dict[str, Any]) -> None:
+    right = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    line = refused(safetensors({"a": torch.zeros(2)}, a={**right, **entry}))
+    assert line == " is damaged: its header does not describe its bytes. Copy it again."
+
+
+def test_damaged_safetensors_are_refused(refused) -> None:
+    whole = safetensors({"a": torch.zeros(2)})
+    nested = b'{"a":' + b"[" * 100_000
+    for data in (
+        whole[:-1], whole[:40], whole.replace(b'"a"', b'"a', 1), whole.replace(b'"F32"', b'"F\xff2"', 1),
+        struct.pack("<Q", 90_000_000) + b"{}", struct.pack("<Q", len(nested)) + nested,
+        struct.pack("<Q", 4) + b"{  }", struct.pack("<Q", 1) + b"{",
+    ):  # fmt: skip
+        assert " is damaged: its header does not" in refused(data) or " holds no weights" in refused(data)
 
 
 # ---- What does not fit
@@ -434,7 +658,8 @@ def test_tensors_that_are_not_just_numbers_are_refused(refused, kind: str) -> No
 
 
 def test_what_holds_no_weights_is_refused(refused) -> None:
-    assert " holds no weights under epoch, state_dict." in refused({"epoch": 3, "state_dict": {"a": torch.zeros(3)}})
+    assert " holds no weights under a." in refused({"epoch": 3, "state_dict": {"a": [torch.zeros(3)]}})
+    assert " holds no weights under epoch, weights." in refused({"epoch": 3, "weights": {"a": torch.zeros(3)}})
     for state in ([torch.zeros(3)], {"student": None, "teacher": {}}, {}, 3):
         assert " holds no weights." in refused(state)
     assert ": epoch is not a tensor of numbers" in refused({**hollow_network(), "epoch": 3})
