@@ -40,8 +40,9 @@ def join_ranks(device: str, timeout: float = 600) -> Iterator[Ranks]:
     """Join the other ranks that torchrun started, if any.
 
     device: "auto", "cpu" or "cuda"; timeout: seconds that ranks wait for each other at most. Raises UserError where
-    "cuda" is asked for and there is no GPU.
+    "cuda" is asked for and there is no GPU, and for processes that were started together but do not know each other.
     """
+    refuse_unknown_ranks()
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if chosen.type == "cuda":
@@ -60,6 +61,34 @@ def join_ranks(device: str, timeout: float = 600) -> Iterator[Ranks]:
     yield Ranks(rank, world, chosen)
     # Not after an error: there it would wait for ranks that wait for this one, before a line is printed.
     dist.destroy_process_group()
+
+
+_RENDEZVOUS = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells its processes
+_COUNTS = {"SLURM_NTASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}  # of others' processes
+_TORCHRUN = "torchrun --nproc_per_node GPUS -m dino_fast.train ..."
+
+
+def refuse_unknown_ranks() -> None:
+    """Raise UserError where other processes were started with this one that do not know of it.
+
+    Each of them would train alone, and all would write into one output folder.
+    """
+    missing = [name for name in _RENDEZVOUS if not os.environ.get(name)]
+    if not missing:
+        return
+    if "RANK" not in missing or int(os.environ.get("WORLD_SIZE") or 1) > 1:
+        given = " and ".join(name for name in _RENDEZVOUS if name not in missing)
+        raise UserError(
+            f"the environment has {given}, but not {' and '.join(missing)}, so the ranks cannot find each other. "
+            f"Start them with {_TORCHRUN}"
+        )
+    for name, launcher in _COUNTS.items():
+        if int(os.environ.get(name) or 1) > 1:
+            raise UserError(
+                f"{name} is {os.environ[name]}: {launcher} without torchrun would start that many runs, each alone. "
+                f"Start one torchrun on each machine: {launcher} with one task a machine, and in it {_TORCHRUN} "
+                f"(configs/slurm/train.sbatch does this). For one process only: env -u {name} dino-fast train ..."
+            )
 
 
 def _attempt() -> str:

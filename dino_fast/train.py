@@ -36,7 +36,8 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
 
     # ---- Networks, optimizer
     step = build.build_train_step(recipe, ranks)
-    notes = [*build.warn_of_slow_precision(recipe, ranks), *build.compile_if_useful(recipe, ranks, step)]
+    warnings = [*build.warn_of_slow_precision(recipe, ranks), *build.warn_of_idle_gpus(ranks)]
+    notes = [*warnings, *build.compile_if_useful(recipe, ranks, step)]
     recorded = build.should_record(recipe, ranks, step)
 
     # ---- Where to start, where to stop

@@ -1,5 +1,6 @@
 """Builds the parts of a run from its recipe: the loader, the step, and the form in which the step runs."""
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -96,3 +97,16 @@ def warn_of_slow_precision(recipe: Recipe, ranks: Ranks) -> list[str]:
     if recipe.precision == "fp16" and ranks.device.type == "cpu":
         return ["fp16 is emulated on CPUs, many times slower than fp32. Pass --precision fp32."]
     return []
+
+
+def warn_of_idle_gpus(ranks: Ranks) -> list[str]:
+    """Return lines to print where a run leaves GPUs of its machine unused."""
+    count = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
+    # Ranks that were not started by torchrun may have one GPU of a machine each.
+    used = int(os.environ.get("LOCAL_WORLD_SIZE", "1" if ranks.world == 1 else count))
+    if used >= count:
+        return []
+    return [
+        f"This run uses {used} of the {count} GPUs of this machine. "
+        f"To use all: torchrun --nproc_per_node {count} -m dino_fast.train ..."
+    ]
