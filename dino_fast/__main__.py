@@ -32,7 +32,12 @@ To train on several GPUs: torchrun --nproc_per_node N -m dino_fast.train ...
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Return its exit status: 0, 1 for a failed run, 2 for a wrong call, and what the command adds."""
-    command, *rest = (sys.argv[1:] if arguments is None else list(arguments)) or ["--help"]
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments and arguments[0].startswith(("--local_rank", "--local-rank")):
+        from dino_fast.distributed import drop_local_rank
+
+        arguments = drop_local_rank(arguments)
+    command, *rest = arguments or ["--help"]
     # Each command is imported where it is called, so that --help need not wait for torch.
     if command == "train":
         from dino_fast.train import main as run

@@ -3,7 +3,8 @@
 import contextlib
 import inspect
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -89,6 +90,24 @@ def refuse_unknown_ranks() -> None:
                 f"Start one torchrun on each machine: {launcher} with one task a machine, and in it {_TORCHRUN} "
                 f"(configs/slurm/train.sbatch does this). For one process only: env -u {name} dino-fast train ..."
             )
+
+
+def drop_local_rank(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments without --local_rank, which torch.distributed.launch adds. The first rank says so.
+
+    The number is in the environment, too.
+    """
+    kept = []
+    rest = iter(arguments)
+    for argument in rest:
+        name, equals, _ = argument.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            kept.append(argument)
+        elif not equals:
+            next(rest, None)  # its value
+    if len(kept) < len(arguments) and os.environ.get("RANK", "0") == "0":
+        print(f"--local_rank is ignored. torch.distributed.launch is outdated: use {_TORCHRUN}", file=sys.stderr)
+    return kept
 
 
 def _attempt() -> str:

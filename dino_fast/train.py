@@ -11,7 +11,7 @@ from typing import Any
 
 from dino_fast.config import Recipe, read_recipe
 from dino_fast.config_help import print_help_if_asked
-from dino_fast.distributed import Ranks, join_ranks
+from dino_fast.distributed import Ranks, drop_local_rank, join_ranks
 from dino_fast.run import build, command, crop_sheet, health, resume, scores, signals
 from dino_fast.run.checkpoint_writer import open_checkpoint_writer
 from dino_fast.run.monitor import open_monitor
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     After Ctrl-C it is 130.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    arguments = drop_local_rank(sys.argv[1:] if arguments is None else arguments)
     if print_help_if_asked("dino-fast train", arguments):
         return 0
     recipe: Recipe | None = None

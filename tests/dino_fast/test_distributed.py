@@ -1,14 +1,19 @@
 """Processes that were started without torchrun, and GPUs that nobody uses."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from dino_fast.__main__ import main as dino_fast
-from dino_fast.distributed import Ranks, join_ranks
+from dino_fast.distributed import Ranks, drop_local_rank, join_ranks
 from dino_fast.run.build import warn_of_idle_gpus
+from dino_fast.train import main as train
 from shards.errors import UserError
+from tests.dino_fast.conftest import ROOT, TINY
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS",
@@ -80,6 +85,37 @@ def test_train_and_doctor_under_srun_end_in_one_line_and_write_nothing(
     assert not (tmp_path / "run").exists()
     assert dino_fast(["doctor", "--data", str(labelled_shards), "--device", "cpu"]) == 1
     assert capsys.readouterr().err.startswith("dino-fast doctor: SLURM_NTASKS is 8")
+
+
+@pytest.mark.parametrize("flag", [["--local_rank=0"], ["--local-rank=0"], ["--local_rank", "0"]], ids=str)
+def test_the_flag_of_the_old_launcher_is_ignored_and_the_first_rank_says_so(
+    environment, capsys: pytest.CaptureFixture[str], flag: list[str]
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        environment({"RANK": rank})
+        assert drop_local_rank([*flag, "--seed", "3"]) == ["--seed", "3"]
+        assert drop_local_rank(["--seed", "3", *flag]) == ["--seed", "3"]
+        assert capsys.readouterr().err.count("use torchrun --nproc_per_node") == 2 * lines
+    environment({})
+    for main in (train, dino_fast):
+        command = ["train"] if main is dino_fast else []
+        assert main([*flag, *command, "--no.such", "3"]) == 2
+        ignored, wrong = capsys.readouterr().err.strip().splitlines()
+        assert ignored.startswith("--local_rank is ignored")
+        assert "unknown setting no.such" in wrong
+
+
+@pytest.mark.slow
+def test_the_old_launcher_starts_two_ranks(labelled_shards: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    where = ["--data.train", str(labelled_shards), "--output", str(tmp_path / "run"), "--max_steps", "1"]
+    command += ["-m", "dino_fast.train", *TINY, *where]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("--local_rank is ignored") == 1
+    assert "2 ranks on cpu" in result.stdout
 
 
 @pytest.mark.parametrize(
