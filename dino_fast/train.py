@@ -84,6 +84,7 @@ def train_from(run: TrainingRun, start: Start) -> End:
             if row is not None:
                 for alarm in alarms.check(row):
                     monitor.say(alarm)
+                health.require_gradients(row, monitor.find_without_gradient(health.GRADIENT_STEPS), run.step)
                 end = end._replace(trouble=find_trouble(run, end.done, row))
             end = save_if_due(run, end, start.rollbacks)
             if end.trouble or (end.stopped_by_signal and end.done < run.stop):

@@ -69,4 +69,5 @@ class _StandIn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad.to(ctx.dtype), None
+        # Without a cast that changes nothing, for the reason in sync_batchnorm.py.
+        return grad if grad.dtype == ctx.dtype else grad.to(ctx.dtype), None

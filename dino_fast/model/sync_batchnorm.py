@@ -93,7 +93,7 @@ class _Normalize(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight, mean, inverse_std, count)
         scale = _wide(weight) * inverse_std
-        return ((x - _per_channel(mean, x)) * _per_channel(scale, x) + _per_channel(bias, x)).to(x.dtype)
+        return _cast((x - _per_channel(mean, x)) * _per_channel(scale, x) + _per_channel(bias, x), x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -107,8 +107,10 @@ class _Normalize(torch.autograd.Function):
         mean_grad, mean_product = (means / count).unbind()
         # x's own layout comes out (channels-last or not), since it leads the expression.
         grad_x = normalized.mul(_per_channel(-mean_product, x)).add(grad).sub(_per_channel(mean_grad, x))
-        grad_x = grad_x.mul(_per_channel(_wide(weight) * inverse_std, x)).to(x.dtype)
-        return grad_x, local[1].to(weight.dtype), local[0].to(weight.dtype), None, None, None
+        grad_x = grad_x.mul(_per_channel(_wide(weight) * inverse_std, x))
+        grad_bias, grad_weight = local.unbind()
+        casts = _cast(grad_x, x.dtype), _cast(grad_weight, weight.dtype), _cast(grad_bias, weight.dtype)
+        return *casts, None, None, None
 
 
 def _sample_dims(x: Tensor) -> list[int]:
@@ -120,4 +122,13 @@ def _per_channel(values: Tensor, x: Tensor) -> Tensor:
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return _cast(x, torch.promote_types(x.dtype, torch.float32))
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a type.
+
+    Where x has it already, nothing is called: in a compiled `autograd.Function`, the Dynamo of torch 2.11 takes a cast
+    that changes nothing for a constant, and differentiates it to 0.
+    """
+    return x if x.dtype == dtype else x.to(dtype)

@@ -2,12 +2,12 @@
 
 A DINO run fails in few ways: all targets become uniform, all become the same single prototype, or the features lose
 their dimensions. `probe` measures this on a few images without changing the run; `CollapseAlarms` looks at the rows
-that are logged.
+that are logged. `require_gradients` stops a run that cannot learn at all.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from dino_fast.model.backbones import evaluating
 from dino_fast.step.hyper import Hyper
 from dino_fast.step.train_step import TrainStep
+from shards.errors import UserError
 
 IMAGES = 128  # at most in a probe; the rank of their features can be as high as their number
 
@@ -99,6 +100,34 @@ def unit_std(features: Tensor) -> Tensor:
 
 def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+# ---- Gradients ------------------------------------------------------------------------------------------------------
+
+# Steps after which every weight must have had a gradient. One that starts at 0 keeps it from others for a while.
+GRADIENT_STEPS = 50
+_OTHERWISE = f"Pass --compile never, --graph never, or use another version of torch (this is {torch.__version__})."
+
+
+def require_gradients(row: Mapping[str, Any], without: Sequence[str], step: TrainStep) -> None:
+    """Raise UserError if the backbone, or a parameter, gets no gradient, whatever the cause is.
+
+    row: a row of the log; without: the names of parameters that had no gradient in `GRADIENT_STEPS` steps. Frozen
+    parameters need none, and those of the head that batch norm makes needless: biases. A row of skipped steps alone
+    has no norm, and says nothing.
+    """
+    if row["grad_norm_first_layer"] == 0:
+        raise UserError(
+            f"the backbone gets no gradient: at step {row['step']}, the gradient's norm is exactly 0 in its first "
+            f"layer and {row['grad_norm_head']:.3g} in the head. The run would learn nothing. {_OTHERWISE}"
+        )
+    trained = {name for name, parameter in step.bare_student.named_parameters() if parameter.requires_grad}
+    never = [n for n in without if n in trained and not (n.startswith("head.") and n.endswith(".bias"))]
+    if never:
+        raise UserError(
+            f"{len(never)} parameters have had no gradient in any step up to {row['step']} ({', '.join(never[:3])}"
+            f"{', …' if len(never) > 3 else ''}). They would stay as they are. {_OTHERWISE}"
+        )
 
 
 # ---- Alarms ---------------------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ class Sums:
         self._head = slice(head[0], head[-1] + 1)  # a module's parameters stand together
         self._one = torch.ones(1, device=device)
         self._sums = torch.zeros(len(self.NAMES) + 1, dtype=torch.float64, device=device)  # the last: good steps
+        self.had_gradient = torch.zeros(len(parameters), dtype=torch.bool, device=device)
+        """whether each parameter has had a gradient other than 0 in a step that was not skipped: [parameters]"""
         self.in_a_row = torch.zeros((), device=device)
         """number of steps skipped since the last good one"""
         self.steps = 0
@@ -76,6 +78,7 @@ class Sums:
         head = torch.linalg.vector_norm(norms[self._head], keepdim=True)
         figures = torch.cat([*scalars, norms[self._first], norms[self._last], head, self._one])
         self._sums += figures.masked_fill_(output.skipped.bool(), 0)
+        self.had_gradient |= (norms > 0) & (output.skipped == 0)
         self.in_a_row = torch.addcmul(output.skipped, output.skipped, self.in_a_row)
         self.steps += 1
 
@@ -84,7 +87,7 @@ class Sums:
         return dict(zip((*self.NAMES, "good"), self._sums.unbind(), strict=True))
 
     def clear(self) -> None:
-        """Start again at zero; `in_a_row` goes on."""
+        """Start again at zero; `in_a_row` and `had_gradient` go on."""
         self._sums, self.steps = torch.zeros_like(self._sums), 0
 
 
@@ -133,6 +136,7 @@ class Monitor:
         self._ranks, self._batch, self._log_every = ranks, batch, log_every
         self._steps_per_epoch, self._epochs, self._stop = steps_per_epoch, -(-stop // steps_per_epoch), stop
         self._sums, self._skipped, self._reported = Sums(parameters, ranks.device), 0, 0
+        self._parameters, self._good = parameters, 0
         peak = peak_flops(ranks.device)
         self._peak_images_per_s = peak / flops_per_image if peak else None  # of one GPU
         self._clock = Clock()
@@ -176,6 +180,16 @@ class Monitor:
             self._report(f"replaced: {report}")
             self._reported += 1
         return row
+
+    def find_without_gradient(self, steps: int) -> list[str]:
+        """Return the names of the parameters that never had a gradient other than 0.
+
+        The list is empty until so many steps were logged that were not skipped. The host waits for the device.
+        """
+        if self._good < steps:
+            return []
+        had = self._sums.had_gradient.tolist()
+        return [name for name, one in zip(self._parameters, had, strict=True) if not one]
 
     def record(self, step: int, figures: Mapping[str, float]) -> None:
         """Write figures that are taken only now and then, such as a score after `step`, as a row of their own."""
@@ -232,6 +246,7 @@ class Monitor:
         total = sum_over_ranks({**own, **more}, self._ranks)
         skipped = steps - round(total["good"] / world)
         self._skipped += skipped
+        self._good += steps - skipped
         return {
             "step": step, "epoch": step // self._steps_per_epoch,
             **{name: total[name] / total["good"] if total["good"] else None for name in Sums.NAMES},

@@ -141,6 +141,19 @@ def test_all_skipped_is_no_figure_and_the_counter_goes_on_over_logs(tmp_path: Pa
     assert "skipped 3" in capsys.readouterr().out.splitlines()[1]
 
 
+def test_parameters_without_a_gradient_are_found_after_enough_good_steps(tmp_path: Path):
+    """The second parameter never has one, the fourth has one in a single step between logs."""
+    with build(tmp_path, log_every=2) as watched:
+        found = []
+        for step in range(8):
+            norms = np.ones(3 + len(STUDENT))
+            norms[3 + 1] = 0
+            norms[3 + 3] = step == 2
+            watched.tick(step, AT, poisoned() if step in (0, 1, 5) else output(norms), FakeLoader())
+            found.append(watched.find_without_gradient(3))
+    assert found == [[]] * 5 + [[STUDENT[1]]] * 3  # steps 2, 3 and 4 are good, and read at the log of step 5
+
+
 def test_the_layers_are_those_of_the_student(tmp_path: Path):
     student, _ = build_student_teacher("resnet18", HeadRecipe(out_dim=32, hidden_dim=16, bottleneck_dim=8))
     names = [name for name, _ in student.named_parameters()]
