@@ -17,6 +17,7 @@ from dino_fast.run.checkpoint_writer import open_checkpoint_writer
 from dino_fast.run.monitor import open_monitor
 from dino_fast.run.schedules import Schedules
 from dino_fast.run.training_run import End, Start, TrainingRun
+from dino_fast.step.compiled import report_recompile_limit
 from dino_fast.step.precision import set_up_math
 from dino_fast.step.recorded import RecordedStep
 
@@ -49,6 +50,7 @@ def train(recipe: Recipe, ranks: Ranks) -> Path:
         signals.StopSignal(ranks, recipe.timeout) as signal,
         open_monitor(recipe, ranks, schedules, step, start.step, stop) as monitor,
         open_checkpoint_writer(recipe, ranks, schedules, monitor.say) as writer,
+        report_recompile_limit(monitor.say),
     ):
         if not start.step:
             monitor.say(describe_run(recipe, ranks, len(index), schedules, stop))

@@ -31,13 +31,6 @@ from shards.index import ShardIndex
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler():
-    """torch compiles a function eight times at most, for all tests of a process together, and then runs it eagerly."""
-    yield
-    torch._dynamo.reset()
-
-
 CROPS = CropRecipe(global_size=96, local_size=48, locals=2)
 DEBUG = Path(__file__).resolve().parents[1] / "configs" / "debug.yaml"
 LEVEL = 1 / (255 * max(STD))  # one 8-bit level in a normalized batch, at the least

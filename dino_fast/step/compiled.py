@@ -1,5 +1,9 @@
 """torch.compile for the backbones: one static graph for each resolution."""
 
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+
 import torch
 
 from dino_fast.step.train_step import TrainStep
@@ -23,6 +27,39 @@ def find_compile_problem(device: torch.device) -> str | None:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return lines[0] if lines else type(error).__name__
     return None
+
+
+@contextlib.contextmanager
+def report_recompile_limit(say: Callable[[str], None]) -> Iterator[None]:
+    """Call `say` once with a line if torch stops compiling inside.
+
+    torch compiles a function for at most eight cases, over all networks of a process together. From there on, new cases
+    run uncompiled, and only torch's own log says so.
+    """
+    watcher = _LimitWatcher(say)
+    log = logging.getLogger("torch._dynamo.convert_frame")
+    log.addHandler(watcher)
+    try:
+        yield
+    finally:
+        log.removeHandler(watcher)
+
+
+class _LimitWatcher(logging.Handler):
+    """Looks for the one message by which torch tells that it compiles no more."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.WARNING)
+        self._say, self._said = say, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self._said or "torch._dynamo hit config." not in str(record.msg):
+            return
+        self._said = True
+        self._say(
+            "torch compiles no more in this process (the limit is torch._dynamo.config.recompile_limit). Parts of the "
+            "backbones run uncompiled from here on, which costs speed. Start the run in a new process."
+        )
 
 
 def _probe(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The baselines make the same step as ours, so that they differ only in time."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -44,13 +44,6 @@ def pair() -> Pair:
             spread = 0.5 if parameter.ndim == 1 else 0.1 * parameter.std()
             parameter.data += spread * torch.randn_like(parameter)
     return student, teacher
-
-
-@pytest.fixture
-def fresh_compiler() -> Iterator[None]:
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def crops(seed: int) -> tuple[Tensor, Tensor]:
@@ -97,7 +90,7 @@ def test_a_baselines_step_is_ours(build: Callable[..., Published | Stock], freez
 
 
 @pytest.mark.slow
-def test_a_compiled_step_is_ours(pair: Pair, fresh_compiler: None):
+def test_a_compiled_step_is_ours(pair: Pair):
     if problem := find_compile_problem(CPU):
         pytest.skip(problem)
     assert_same_steps(partial(Stock, compiled=True), pair, HYPER)

@@ -49,7 +49,6 @@ def test_forward_and_gradients_are_autocasts_to_the_bit(dtype: torch.dtype, comp
     assert [tuple(whole.shape) for whole in copies] == [(8, 3, 3, 3), (8,), (4, 8, 1, 1), (5, 64), (5,)]
     assert all(half.dtype == dtype and half.stride() == whole.stride() for whole, half in copies.items())
     if compiled:
-        torch._dynamo.reset()
         keeping.compile(dynamic=False, fullgraph=True, backend="aot_eager")
     (out, grads), (expected, exact) = (_gradients(network, x, dtype) for network in (keeping, plain))
     assert torch.equal(out, expected)
@@ -91,7 +90,6 @@ def test_a_step_keeps_the_copies_up_and_a_loaded_one_has_its_own(compiled: bool)
         pytest.skip("its tensors are on the CPU, where compiled kernels do not work")
     step, other = _step("bf16"), _step("bf16")
     if compiled:
-        torch._dynamo.reset()
         compile_backbones(step, backend="aot_eager")
     globals_, locals_ = (torch.randn(n, 3, side, side) for n, side in ((4, 48), (4, 32)))
     step(globals_, locals_, HYPER)

@@ -234,8 +234,6 @@ def test_half_weights_are_those_in_use(dtype: torch.dtype) -> None:
 
 
 def test_compiled_backbones_are_not_compiled_again() -> None:
-    torch._dynamo.reset()
-    counters.clear()
     plain, step = _step(), _step()
     compile_backbones(step, backend="aot_eager")
     batches = _batches()
@@ -249,7 +247,6 @@ def test_compiled_backbones_are_not_compiled_again() -> None:
             graphs.append(counters["stats"]["unique_graphs"])
             torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-2, atol=1e-2)
     assert graphs == [2] * 6  # the student's and the teacher's
-    torch._dynamo.reset()
 
 
 def test_ranks_do_not_talk(monkeypatch: pytest.MonkeyPatch) -> None:

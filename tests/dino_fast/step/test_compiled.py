@@ -3,10 +3,12 @@
 Run as a program, this file is one of two ranks: `test_compiled.py RANK FOLDER`.
 """
 
+import logging
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -21,7 +23,7 @@ from dino_fast.model.head import HeadRecipe
 from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.model.sync_batchnorm import convert_sync_batchnorm
 from dino_fast.step import compiled
-from dino_fast.step.compiled import compile_backbones, find_compile_problem
+from dino_fast.step.compiled import compile_backbones, find_compile_problem, report_recompile_limit
 from dino_fast.step.hyper import Hyper
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
@@ -29,14 +31,7 @@ from dino_fast.step.precision import Precision
 from dino_fast.step.train_step import TrainStep
 
 HYPER = Hyper(lr=0.01, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
-
-
-@pytest.fixture(autouse=True)
-def fresh() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+LOG = "torch._dynamo.convert_frame"
 
 
 def _step(precision: Precision = "fp32") -> TrainStep:
@@ -84,6 +79,40 @@ def test_without_a_compiler_it_says_why_in_one_line(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(compiled.torch, "compile", fail)
     assert find_compile_problem(torch.device("cpu")) == "no C++ compiler"
+
+
+def test_the_limit_of_compiling_is_said_once() -> None:
+    said: list[str] = []
+    model = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
+    with torch._dynamo.config.patch(recompile_limit=2), report_recompile_limit(said.append):
+        model.compile(dynamic=False, backend="aot_eager")
+        for side in range(4, 6):
+            model(torch.zeros(1, 1, side, side))
+        assert not said
+        for side in range(6, 9):
+            model(torch.zeros(1, 1, side, side))
+    assert len(said) == 1
+    assert "compiles no more in this process" in said[0]
+    assert "\n" not in said[0]
+    model(torch.zeros(1, 1, 9, 9))  # torch's own log is as it was
+    assert not any(isinstance(h, compiled._LimitWatcher) for h in logging.getLogger(LOG).handlers)
+
+
+@pytest.mark.parametrize(("limit", "times"), [(1, 1), (8, 0)])
+def test_a_run_that_passes_the_limit_says_so(
+    train_here,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: int,
+    times: int,
+) -> None:
+    monkeypatch.setattr("dino_fast.run.build.find_compile_problem", lambda device: None)
+    monkeypatch.setattr("dino_fast.run.build.compile_backbones", partial(compile_backbones, backend="aot_eager"))
+    with torch._dynamo.config.patch(recompile_limit=limit):
+        assert train_here(tmp_path / "run", "--max_steps", "2", "--compile", "always", "--crops.locals", "1") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count("torch compiles no more in this process") == times
 
 
 def _rank(rank: int, folder: Path) -> None:
