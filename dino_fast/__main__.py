@@ -96,8 +96,9 @@ def _print_completion(shell: str) -> int:
 
 def command() -> NoReturn:
     """Run the command in this process, and end the process with its exit status."""
-    from dino_fast.run.command import exit_process
+    from dino_fast.run.command import accept_any_encoding, exit_process
 
+    accept_any_encoding()
     exit_process(main())
 
 

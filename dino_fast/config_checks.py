@@ -73,7 +73,12 @@ def check_temperatures(loss: LossRecipe) -> Iterator[str]:
 
 def check_rates(optim: OptimRecipe, batch_size: int) -> Iterator[str]:
     peak = optim.lr * batch_size / 256
-    if optim.lr and optim.min_lr > peak:
+    if not optim.lr and optim.min_lr:
+        yield (
+            f"optim.lr = 0 is below optim.min_lr = {optim.min_lr}, so the learning rate would rise to that. "
+            "Give optim.min_lr = 0, too."
+        )
+    elif optim.min_lr > peak:
         yield (
             f"optim.min_lr = {optim.min_lr} is above the peak learning rate of {peak:.4g} (optim.lr * batch_size / "
             "256). Lower it."

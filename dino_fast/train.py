@@ -154,4 +154,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    command.accept_any_encoding()
     command.exit_process(main())

@@ -14,7 +14,7 @@ from pathlib import Path
 from dino_fast.advise.estimate import estimate_run, measure_train_set
 from dino_fast.advise.own_flags import parse_own_flags
 from dino_fast.advise.plan_text import format_plan
-from dino_fast.advise.schedule_plots import plot_schedules
+from dino_fast.advise.schedule_plots import choose_characters, plot_schedules
 from dino_fast.config import Recipe, UsageError, read_recipe
 from dino_fast.evaluate.arguments import parse_positive_number, parse_whole_number
 from dino_fast.run.schedules import Schedules
@@ -62,7 +62,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         own, recipe = parse_arguments(sys.argv[1:] if arguments is None else arguments)
         train_set = measure_train_set(recipe, own.images)
         plan = estimate_run(recipe, train_set, own.ranks, own.images_per_s)
-        plots = plot_schedules(Schedules(recipe, plan["run"]["steps_per_epoch"]), shutil.get_terminal_size().columns)
+        schedules = Schedules(recipe, plan["run"]["steps_per_epoch"])
+        columns, characters = shutil.get_terminal_size().columns, choose_characters(sys.stdout.encoding)
+        plots = plot_schedules(schedules, columns, characters)
         print("\n".join([*format_plan(recipe, plan), "", *plots]))  # one write, so that `| head` breaks no pipe
         if own.json:
             own.json.write_text(json.dumps(plan) + "\n", encoding="utf-8")

@@ -24,7 +24,7 @@ from dino_fast.evaluate.arguments import FlagParser
 from dino_fast.evaluate.features import load_backbone
 from dino_fast.evaluate.knn import evaluate_knn
 from dino_fast.run.build import build_train_step
-from dino_fast.run.command import lock_output
+from dino_fast.run.command import accept_any_encoding, lock_output
 from dino_fast.train import train
 from shards.errors import UserError
 from shards.storage.lock import lock_folder
@@ -192,6 +192,7 @@ def _parse_seed(text: str) -> int:
 
 
 if __name__ == "__main__":
+    accept_any_encoding()
     # The loader's threads may be inside DALI. After a failure, do not wait for them.
     status = main()
     sys.stdout.flush()

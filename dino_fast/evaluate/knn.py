@@ -5,7 +5,7 @@ The scores are those of `knn_classifier` in facebookresearch/dino `eval_knn.py`.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -88,6 +88,16 @@ def evaluate_knn(
     return score_weighted_knn(found.train, found.train_labels, found.val, found.val_labels, found.classes)
 
 
+def explain_equal_rows(images: int, ks: Iterable[int]) -> list[str]:
+    """Return a line that says which rows are the same, because their k is above the number of training images."""
+    above = [k for k in ks if k > images]
+    if not above:
+        return []
+    names = " and ".join(f"k = {k}" for k in sorted({*above, *(k for k in ks if k == images)}))
+    what = f"the rows of {names} are the same" if " and " in names else f"the row of {names} is that of k = {images}"
+    return [f"--train has {images} images, and a larger k means all of them: {what}."]
+
+
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command's flags."""
     return EvaluationParser(
@@ -109,6 +119,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"short side {resize}, center crop {crop}, temperature {TEMPERATURE}")
     for k, score in scores.items():
         print(f"k = {k:3d}: top-1 {score.top1:6.2f} %   top-5 {score.top5:6.2f} %")
+    for line in explain_equal_rows(len(train), scores):
+        print(line)
     if options.json:
         rows = {str(k): asdict(score) for k, score in scores.items()}
         result = {**evaluation, "temperature": TEMPERATURE, "knn": rows}

@@ -18,6 +18,7 @@ _RESNETS = {
     "resnet101": models.resnet101,
 }
 BACKBONES = tuple(_RESNETS)
+STRIDE = 32  # pixels of an image, in each direction, for one of the last feature map
 
 
 class GlobalAveragePool(nn.Module):

@@ -7,6 +7,7 @@ import torch
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks, wrap_in_ddp
+from dino_fast.model.backbones import STRIDE
 from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.step.compiled import compile_backbones, find_compile_problem
 from dino_fast.step.optimizers import build_optimizer
@@ -58,12 +59,21 @@ def build_train_step(
 
 
 def check_batch_size(recipe: Recipe, ranks: Ranks) -> None:
-    """Raise UserError for a batch that cannot be split evenly among ranks and parts."""
+    """Raise UserError for a batch that cannot be split evenly among ranks and parts, or is too small for batch norm."""
     if recipe.batch_size % (ranks.world * recipe.accumulate):
         raise UserError(
             f"--batch_size {recipe.batch_size} cannot be split evenly among {ranks.world} ranks with --accumulate "
             f"{recipe.accumulate} parts each. Choose a multiple of {ranks.world * recipe.accumulate}."
         )
+    sizes = recipe.crops.sizes  # of an image's views; those of one size are one batch to batch norm
+    for size in set(sizes):
+        values = recipe.batch_size // recipe.accumulate * sizes.count(size) * (-(-size // STRIDE)) ** 2
+        if values == 1:
+            raise UserError(
+                f"--batch_size {recipe.batch_size} with --accumulate {recipe.accumulate} gives batch norm a single "
+                f"value: the last feature map of one view of {size} pixels is one pixel. Pass more images, "
+                f"--crops.locals 2, or --crops.local_size {STRIDE + 1}."
+            )
 
 
 def compile_if_useful(recipe: Recipe, ranks: Ranks, step: TrainStep) -> list[str]:

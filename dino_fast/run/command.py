@@ -1,6 +1,7 @@
 """What surrounds the train command: the lock of its output folder, its exit status, and its last words."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -66,6 +67,13 @@ def explain_error(error: BaseException, recipe: Recipe | None) -> tuple[int, str
         where = f"resumes from step {step_of(saved[-1])}" if saved else "starts from scratch: there is no checkpoint"
         return 130, f"stopped. The same command again {where}."
     raise error
+
+
+def accept_any_encoding() -> None:
+    """Have characters that the output's encoding lacks printed as question marks, rather than end the process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def exit_process(status: int) -> NoReturn:

@@ -24,6 +24,7 @@ from dino_fast.config import UsageError, read_recipe
             "loss.warmup_teacher_temp = 0.02 is never used",
         ),
         (["--optim.min_lr=0.07"], "optim.min_lr = 0.07 is above the peak learning rate of 0.06"),
+        (["--optim.lr=0"], "optim.lr = 0 is below optim.min_lr = 1e-06, so the learning rate would rise to that. Give"),
         (["--optim.min_lr=0.001", "--batch_size=8"], "above the peak learning rate of 0.0009375"),
         (
             ["--precision=fp16", "--health.max_skipped=3"],
@@ -53,7 +54,7 @@ def test_contradictions_are_refused_in_one_line(arguments: list[str], words: str
         ["--loss.teacher_temp=0.07", "--loss.warmup_teacher_temp=0.07"],
         ["--loss.teacher_temp=0.07", "--loss.warmup_teacher_temp_epochs=30"],
         ["--optim.min_lr=0.06"],
-        ["--optim.lr=0"],
+        ["--optim.lr=0", "--optim.min_lr=0"],
         ["--optim.ema_momentum=0.9999"],
         ["--precision=bf16", "--health.max_skipped=1"],
     ],

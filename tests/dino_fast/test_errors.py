@@ -1,6 +1,7 @@
 """What a user can get wrong ends in one line that names the thing and the mend, and a status."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import pytest
 import torch
 
 from dino_fast.__main__ import main as dino_fast
+from dino_fast.advise.schedule_plots import ASCII, BOXES, choose_characters, plot
 from dino_fast.distributed import is_lost_rank
 from dino_fast.run import checkpoint_writer
+from tests.dino_fast.conftest import ROOT
 from tests.shards.manifests import forge
 
 
@@ -52,6 +55,65 @@ def test_wrong_settings(refused, tmp_path: Path):
 def test_parts_and_recordings_that_cannot_be(refused):
     assert "--accumulate 3 parts each" in refused("--accumulate", "3")
     assert "--graph always takes one GPU" in refused("--graph", "always", "--device", "cpu")
+
+
+ONE_PIXEL = ("--crops.locals", "1", "--crops.local_size", "32", "--crops.global_size", "64")
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--batch_size", "1", *ONE_PIXEL),
+        ("--batch_size", "4", "--accumulate", "4", *ONE_PIXEL),
+        ("--batch_size", "1", "--crops.locals", "1"),
+    ],
+)
+def test_a_batch_with_one_value_for_batch_norm(refused, capsys, flags: tuple[str, ...]):
+    line = refused(*flags)
+    assert "gives batch norm a single value: the last feature map of one view of" in line
+    assert "--crops.locals 2" in line
+    assert dino_fast(["plan", *flags, "--crops.local_size", "24", "--images", "100"]) == 1
+    assert "gives batch norm a single value" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("--crops.locals", "2"),
+        ("--crops.local_size", "33"),
+        ("--crops.locals", "0"),
+        ("--batch_size", "2"),
+        ("--crops.global_size", "32"),
+    ],
+)
+def test_a_batch_with_two_values_for_batch_norm_trains(train_here, tmp_path: Path, change: tuple[str, str]):
+    assert train_here(tmp_path / "run", "--batch_size", "1", *ONE_PIXEL, "--max_steps", "1", *change) == 0
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
+def test_an_output_that_lacks_characters_gets_others(encoding: str, labelled_shards: Path, tmp_path: Path):
+    """Plots have other characters, and single ones become question marks. `--help` and a run have some, too."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
+    flags = ["--config", str(ROOT / "configs" / "debug.yaml"), "--images", "1000", "--optim.warmup_epochs", "2"]
+    for arguments in (["plan", *flags], ["knn", "--help"], ["train", "--config", str(tmp_path / "ü—█")]):
+        command = [sys.executable, "-m", "dino_fast", *arguments]
+        result = subprocess.run(command, env=environment, capture_output=True, timeout=120)
+        assert b"Traceback" not in result.stderr
+        assert result.returncode == (2 if arguments[0] == "train" else 0)
+        text = result.stdout.decode(encoding)
+        if arguments[0] == "plan":
+            assert "?" not in text
+            assert re.search(r"\+-{40,}\n", text)
+            assert "#####" in text
+
+
+def test_plots_are_of_boxes_where_the_output_has_them():
+    assert [choose_characters(name) for name in ("utf-8", "UTF-8", None, "cp437")] == [BOXES] * 3 + [ASCII]
+    assert [choose_characters(name) for name in ("latin-1", "ascii", "no such")] == [ASCII] * 3
+    assert len(set(BOXES.blocks)) == len(set(ASCII.blocks)) == 9
+    assert list(plot([0.0, 0.5, 1.0], 0, 1, ASCII)) == [
+        "        1 +  #", "          |  #", "          | ##", "        0 + ##", "          +---",
+    ]  # fmt: skip
 
 
 def test_without_a_compiler_the_run_goes_on_and_says_so_once(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dino_fast.evaluate import knn
-from dino_fast.evaluate.knn import KnnScore, score_weighted_knn
+from dino_fast.evaluate.knn import KS, KnnScore, explain_equal_rows, score_weighted_knn
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden" / "reference_knn.json").read_text())
 
@@ -70,6 +70,21 @@ def test_three_classes_seven_test_images_and_k_above_the_train_set() -> None:
     scores = score_weighted_knn(means[y], y, means[w], w, 3, (2, 10, 200))
     assert list(scores) == [2, 10, 200]
     assert scores[10] == scores[200] == KnnScore(100, 100)
+
+
+@pytest.mark.parametrize(
+    ("images", "line"),
+    [
+        (30, "the rows of k = 100 and k = 200 are the same."),
+        (20, "the rows of k = 20 and k = 100 and k = 200 are the same."),
+        (150, "the row of k = 200 is that of k = 150."),
+        (5, "the rows of k = 10 and k = 20 and k = 100 and k = 200 are the same."),
+        (200, ""),
+    ],
+)
+def test_rows_that_are_the_same_are_named(images: int, line: str) -> None:
+    lines = explain_equal_rows(images, KS)
+    assert lines == ([f"--train has {images} images, and a larger k means all of them: {line}"] if line else [])
 
 
 def test_a_low_temperature_does_not_overflow() -> None:
