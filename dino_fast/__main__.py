@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from shards.errors import UserError
+from shards.text import escape_unprintable
 from shards.version import version
 
 COMMANDS = {
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run(rest)
     except (UserError, OSError) as error:  # TimeoutError is an OSError
-        print(f"dino-fast {command}: {error}", file=sys.stderr)
+        print(f"dino-fast {command}: {escape_unprintable(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"dino-fast {command}: stopped", file=sys.stderr)

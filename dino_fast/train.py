@@ -20,6 +20,7 @@ from dino_fast.run.training_run import End, Start, TrainingRun
 from dino_fast.step.compiled import report_recompile_limit
 from dino_fast.step.precision import set_up_math
 from dino_fast.step.recorded import RecordedStep
+from shards.text import escape_unprintable
 
 
 def train(recipe: Recipe, ranks: Ranks) -> Path:
@@ -149,7 +150,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     except (Exception, KeyboardInterrupt) as error:
         status, message = command.explain_error(error, recipe)
-        print(f"dino-fast train: {message}", file=sys.stderr)
+        print(f"dino-fast train: {escape_unprintable(message)}", file=sys.stderr)
         return status
 
 

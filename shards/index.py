@@ -16,6 +16,7 @@ from shards.cache.shard_cache import CACHE_BYTES, ShardCache
 from shards.errors import UserError
 from shards.layout import BLOCK, INDEX_FILE, RECORD
 from shards.manifest import Manifest, find_size_problem, load_manifest
+from shards.record_checks import find_record_problem
 from shards.storage.files import read_range
 from shards.storage.folders import Folder, open_folder
 from shards.storage.local_folder import LocalFolder
@@ -197,7 +198,7 @@ class ShardIndex:
 def open_records(folder: Folder, manifest: Manifest) -> np.ndarray:
     """Return the index, [samples] of RECORD, memory-mapped where the folder is local.
 
-    Raises UserError where it is not the one that the manifest describes.
+    Raises UserError where it is not the one that the manifest describes, or has a record that packing never writes.
     """
     path = f"{folder}/{INDEX_FILE}"
     fix = f"Pack again, or put back the {INDEX_FILE} that belongs to this manifest."
@@ -210,21 +211,28 @@ def open_records(folder: Folder, manifest: Manifest) -> np.ndarray:
         records: np.ndarray = _load_records(folder)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}. {fix}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not an index ({error}). {fix}") from error
+    except UserError:
+        raise
+    except Exception as error:  # numpy raises nearly anything on a header that does not make sense
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path} is not an index ({reason}). {fix}") from error
     if records.dtype != RECORD or records.shape != (manifest.samples,):
         raise UserError(
             f"{path} does not belong to this manifest: it has not {manifest.samples} records of this format. {fix}"
         )
+    lengths = [shard.bytes for shard in manifest.shards]
+    problem = find_record_problem(records, lengths, len(manifest.classes), manifest.options.get("max_pixels"))
+    if problem:
+        raise UserError(f"{path} is damaged or forged: {problem}. {fix}")
     return records.view(np.ndarray)  # a record of a memmap object itself takes ten times as long to fetch
 
 
 def _load_records(folder: Folder) -> np.ndarray:
     records: np.ndarray
     if isinstance(folder, LocalFolder):
-        records = np.load(os.path.join(folder.path, INDEX_FILE), mmap_mode="r", allow_pickle=False)
+        records = np.lib.format.open_memmap(os.path.join(folder.path, INDEX_FILE), mode="r")
     else:
-        records = np.load(io.BytesIO(folder.read(INDEX_FILE)), allow_pickle=False)
+        records = np.lib.format.read_array(io.BytesIO(folder.read(INDEX_FILE)), allow_pickle=False)
     return records
 
 

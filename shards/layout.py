@@ -23,6 +23,7 @@ TAR_END = bytes(2 * BLOCK)
 UNLABELED = -1
 MAX_SHARDS = 1_000_000  # six digits in the file name
 MAX_IMAGE_BYTES = 1 << 30  # one pread delivers it whole, and no photograph comes near
+MAX_SIDE = 1_000_000  # pixels: libpng's limit, and about OpenCV's
 
 RECORD = np.dtype(
     [

@@ -1,9 +1,12 @@
 """What the fields of a manifest may hold. Its sha256 is as easily forged as the rest, so every field is checked."""
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 Check = Callable[[Any], bool]
+# Those from DC80 to DCFF stand for bytes of names that are not UTF-8. The others are no text on any system.
+_LONE_SURROGATE = re.compile("[\\ud800-\\udc7f\\udd00-\\udfff]")
 
 
 def refuse_forged_fields(fields: dict[str, Any]) -> None:
@@ -16,15 +19,19 @@ def refuse_forged_fields(fields: dict[str, Any]) -> None:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return isinstance(value, str) and not _LONE_SURROGATE.search(value)
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _is_file_name(value: Any) -> bool:
-    return _is_text(value) and value not in ("", ".", "..") and "/" not in value
+    return _is_text(value) and value not in ("", ".", "..") and not {"/", "\0"} & set(value)
 
 
 def _are_classes(value: Any) -> bool:
@@ -62,12 +69,12 @@ def _find_wrong_fields(fields: dict[str, Any], checks: dict[str, Check]) -> list
 
 _CHECKS: dict[str, Check] = {
     "name": _is_text,
-    "fingerprint": _is_text,
+    "fingerprint": _is_hash,
     "samples": _is_count,
     "classes": _are_classes,
     "options": _are_options,
-    "shards": _make_list_check({"file": _is_file_name, "samples": _is_count, "bytes": _is_count, "sha256": _is_text}),
-    "index_sha256": _is_text,
+    "shards": _make_list_check({"file": _is_file_name, "samples": _is_count, "bytes": _is_count, "sha256": _is_hash}),
+    "index_sha256": _is_hash,
     "ignored": _is_count,
     "rejected": _make_list_check({"source": _is_text, "reason": _is_text}),
     "duplicates": _is_count,

@@ -45,7 +45,7 @@ ROOMS = {
         ("cache",),
         ("images",),
         ("storage",),
-        ("manifest",),
+        ("manifest", "record_checks"),
         ("layout", "manifest_checks"),
         ("errors", "progress", "text", "version"),
     ),

@@ -39,6 +39,7 @@ from dino_fast.run.build import open_data, warn_of_slow_precision
 from pipelines.loader import count_default_threads
 from shards.errors import UserError
 from shards.index import ShardIndex
+from shards.text import escape_unprintable
 
 _STEPS_TOGETHER = 20  # many ranks wait for each other, so all take this many steps instead of watching a clock
 
@@ -132,8 +133,8 @@ def print_table(console: Console, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def print_line(console: Console, line: str) -> None:
-    """Print a line as it is."""
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    """Print a line. Characters that could harm a terminal are escaped."""
+    console.print(escape_unprintable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 # The command
@@ -211,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             examine(recipe, ranks, own.seconds, own.json)
         return 0
     except (UserError, OSError) as error:  # TimeoutError is an OSError
-        print(f"dino-fast doctor: {error}", file=sys.stderr)
+        print(f"dino-fast doctor: {escape_unprintable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except torch.OutOfMemoryError:
         print("dino-fast doctor: out of GPU memory. Lower --batch_size, or use more GPUs.", file=sys.stderr)

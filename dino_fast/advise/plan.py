@@ -19,6 +19,7 @@ from dino_fast.config import Recipe, UsageError, read_recipe
 from dino_fast.evaluate.arguments import parse_positive_number, parse_whole_number
 from dino_fast.run.schedules import Schedules
 from shards.errors import UserError
+from shards.text import escape_unprintable
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[argparse.Namespace, Recipe]:
@@ -70,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             own.json.write_text(json.dumps(plan) + "\n", encoding="utf-8")
         return 0
     except (UserError, OSError) as error:
-        print(f"dino-fast plan: {error}", file=sys.stderr)
+        print(f"dino-fast plan: {escape_unprintable(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, UsageError) else 1
     except KeyboardInterrupt:
         print("dino-fast plan: stopped", file=sys.stderr)

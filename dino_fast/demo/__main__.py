@@ -28,6 +28,7 @@ from dino_fast.run.command import accept_any_encoding, lock_output
 from dino_fast.train import train
 from shards.errors import UserError
 from shards.storage.lock import lock_folder
+from shards.text import escape_unprintable
 
 MAX_USER_IMAGES = 1600  # so that copying and scoring them stay short
 MIN_TRAIN_IMAGES = 16  # batch norm and the center need a few images in a batch
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_demo(options)
         return 0
     except UserError as error:
-        print(f"demo: {error}", file=sys.stderr)
+        print(f"demo: {escape_unprintable(str(error))}", file=sys.stderr)
         return 1
     except OSError as error:  # such as a full disk, in a place where nothing better is known
         print(f"demo: {error.filename or 'I/O'}: {error.strerror}. Fix that and try again.", file=sys.stderr)

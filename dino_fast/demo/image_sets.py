@@ -17,6 +17,7 @@ from shards.packing.pack import pack
 from shards.packing.plan import Options
 from shards.sources.scan import scan
 from shards.storage.local_folder import LocalFolder
+from shards.text import escape_unprintable
 
 IMAGES_PER_CLASS = 108  # drawn training images
 VAL_IMAGES_PER_CLASS = 30  # further drawn images, which are only classified
@@ -54,7 +55,7 @@ def make_user_sets(home: Path, selection: Selection, seed: int) -> ImageSets:
     with progress_bar("making small copies", len(selection.copies)) as tick:
         failures = copy_images(selection, copies, tick)
     for name, reason in failures[:_MAX_NAMED]:
-        say(f"{name} is left out, because it does not decode ({reason}).")
+        say(escape_unprintable(f"{name} is left out, because it does not decode ({reason})."))
     if len(failures) > _MAX_NAMED:
         say(f"{len(failures) - _MAX_NAMED} more images are left out.")
     if not any((copies / "train").rglob("*.jpg")):

@@ -9,6 +9,8 @@ from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from shards.text import escape_unprintable
+
 REFRESHES = 2  # a second; each takes the interpreter from the thread that runs the steps
 
 
@@ -44,9 +46,12 @@ class Display:
             self.say(f"epoch {epoch}  step {done}/{self._stop}  {'  '.join(lines)}  ETA {left / 60:.1f} min")
 
     def say(self, line: str) -> None:
-        """Print a line above the bar as it is. One that cannot be printed, to a full disk for example, is lost."""
+        """Print a line above the bar. Characters that could harm a terminal are escaped.
+
+        A line that cannot be printed, to a full disk for example, is lost.
+        """
         with contextlib.suppress(OSError):
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(escape_unprintable(line), markup=False, highlight=False, soft_wrap=True)
 
     def close(self) -> None:
         self._progress.stop()

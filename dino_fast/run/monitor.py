@@ -26,6 +26,7 @@ from dino_fast.run.schedules import Schedules
 from dino_fast.step.hyper import Hyper
 from dino_fast.step.train_step import StepOutput, TrainStep
 from pipelines.loader import Loader
+from shards.text import escape_unprintable
 
 
 class Clock:
@@ -201,7 +202,7 @@ class Monitor:
             self.say(line)
         else:
             with contextlib.suppress(OSError):
-                print(f"rank {self._ranks.rank}: {line}", file=sys.stderr, flush=True)
+                print(f"rank {self._ranks.rank}: {escape_unprintable(line)}", file=sys.stderr, flush=True)
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         """Leave the time inside (a checkpoint, a score) out of the images per second, which the first rank measures."""

@@ -19,10 +19,9 @@ from shards.images.image_info import ImageInfo, UndecodableError
 from shards.images.jpeg import read_jpeg_info
 from shards.images.png import MAGIC, check_rows, read_png_info
 from shards.images.webp import read_webp_info
-from shards.layout import MAX_IMAGE_BYTES
+from shards.layout import MAX_IMAGE_BYTES, MAX_SIDE
 
 MAX_PIXELS = 1 << 27  # 400 MB in RGB
-_MAX_SIDE = 1_000_000  # pixels: libpng's limit, and about OpenCV's
 
 # Image.open calls these too, but hides what is wrong.
 _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
@@ -68,8 +67,8 @@ def read_info(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     except (IndexError, struct.error):
         raise UndecodableError("the file ends too early") from None
     size = f"{info.width} x {info.height} pixels"
-    if not 0 < info.height <= _MAX_SIDE or not 0 < info.width <= _MAX_SIDE:
-        raise UndecodableError(f"{size}; each side must be 1 to {_MAX_SIDE}")
+    if not 0 < info.height <= MAX_SIDE or not 0 < info.width <= MAX_SIDE:
+        raise UndecodableError(f"{size}; each side must be 1 to {MAX_SIDE}")
     if info.height * info.width > max_pixels:
         raise UndecodableError(
             f"{size}, {info.height * info.width} in total, more than the {max_pixels} of --max-pixels"

@@ -52,8 +52,6 @@ class _Task(NamedTuple):
     """the shard, by the manifest"""
     records: np.ndarray | None
     """[samples] of RECORD; None where there is no usable index"""
-    classes: int
-    """number of classes; 0: unlabeled"""
     foreign: bool
     """True for a tar of another program, of which only the bytes of the images are known"""
     rules: ImageRules
@@ -93,7 +91,7 @@ def check(
 
     def make_task(number: int) -> _Task:
         own = None if records is None else np.array(records[starts[number] : starts[number + 1]])
-        return _Task(folder, manifest.shards[number], own, len(manifest.classes), manifest.foreign, rules)
+        return _Task(folder, manifest.shards[number], own, manifest.foreign, rules)
 
     found = run_tasks(
         _check_shard,
@@ -185,8 +183,6 @@ def _check_sample(task: _Task, reader: HashingReader, record: np.void, *, timed_
     problems += _check_image(task, record, member, timed_out=timed_out)
     if label != UNLABELED and not task.foreign:
         problems += _check_label(reader, label, member.key)
-    if not UNLABELED <= label < task.classes:
-        problems.append(f"label {label} is not one of {task.classes} classes")
     return where, problems
 
 

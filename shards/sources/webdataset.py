@@ -63,6 +63,7 @@ def parse_label(extension: str, data: bytes) -> str | None:
     value = next((value for value in values if value is not None), "")
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise ValueError("the label in the JSON is neither a whole number nor text")
+    str(value).encode()  # JSON may hold half of a character, which cannot be written
     return str(value).strip() or None
 
 

@@ -51,11 +51,11 @@ def folder_of(folder: Path, images: Sequence[bytes], labels: Sequence[int], clas
     np.save(folder / "index.npy", records)
     manifest = Manifest(
         name="train",
-        fingerprint="",
+        fingerprint="ab" * 32,
         samples=len(records),
         classes=classes,
         options={},
-        shards=(Shard("train-000000.tar", len(records), len(tar), ""),),
+        shards=(Shard("train-000000.tar", len(records), len(tar), "cd" * 32),),
         index_sha256=hashlib.sha256((folder / "index.npy").read_bytes()).hexdigest(),
         ignored=0,
         rejected=(),
