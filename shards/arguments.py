@@ -117,7 +117,7 @@ def _add_pack(commands: Commands) -> None:
     )
     _add_source_options(command)
     _add_packing_options(command)
-    _add_image_options(command)
+    _add_strict_option(_add_image_options(command))
     run = command.add_argument_group("how to run")
     _add_workers_option(run)
     run.add_argument(
@@ -299,7 +299,8 @@ def _add_packing_options(command: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_image_options(command: argparse.ArgumentParser) -> None:
+def _add_image_options(command: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Add the options that `index` has, too. Return their group."""
     group = command.add_argument_group("which images to accept")
     group.add_argument(
         "--check",
@@ -321,6 +322,16 @@ def _add_image_options(command: argparse.ArgumentParser) -> None:
         default=ImageRules.image_seconds,
         metavar="S",
         help="reject images that take more seconds of CPU time to decode than this (default: %(default)g)",
+    )
+    return group
+
+
+def _add_strict_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--strict",
+        action="store_true",
+        help="fail where an image is rejected or a link leads nowhere (default: leave such images out, and list them "
+        "with the reasons)",
     )
 
 

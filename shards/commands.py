@@ -30,6 +30,7 @@ from shards.sources.listing import Listing
 from shards.sources.scan import require_source, scan, scan_tars
 from shards.storage import files
 from shards.storage.folders import Folder, open_folder
+from shards.text import format_count
 
 _SPLIT_NAMES = ("train", "val")  # of --split-val
 
@@ -62,7 +63,8 @@ def run_index(arguments: argparse.Namespace) -> int:
             listing = scan_tars(str(folder), names, arguments.format, lambda found: report(found, 0))
         if arguments.classes:
             listing = number_as_in(listing, _load_classes(arguments.classes), arguments.classes)
-        print_line(messages.describe_listing(listing))
+        for line in messages.describe_listing(listing):
+            print_line(line)
         with show_progress("indexing") as report:
             manifest = index_tars(listing, folder, _make_rules(arguments), arguments.workers, report)
     for line in (*messages.describe_shards(manifest, str(folder)), f"{time.monotonic() - started:.1f} s"):
@@ -125,7 +127,11 @@ def _pack_into(out: Folder, arguments: argparse.Namespace) -> None:
         refuse_other_files(out, () if arguments.split_val is None else _SPLIT_NAMES)  # before it is written to
     try:
         listing = _list_images(arguments, out.work_folder)
-        print_line(messages.describe_listing(listing))
+        for line in messages.describe_listing(listing, arguments.strict):
+            print_line(line)
+        if arguments.strict and listing.left_out:
+            count = format_count(len(listing.left_out), "image")
+            raise UserError(f"--strict: {count} cannot be listed. Repair or remove them, or leave --strict out.")
         _refuse_local_tars(arguments, listing, out)
         _pack_listing(arguments, listing, out)
     finally:
@@ -165,7 +171,8 @@ def _pack_set(arguments: argparse.Namespace, listing: Listing, out: Folder, name
         quality=arguments.quality or Options.quality,
     )
     with show_progress("packing") as report:
-        result = pack(listing, out, options, arguments.workers, report, _get_engine(arguments.engine))
+        engine = _get_engine(arguments.engine)
+        result = pack(listing, out, options, arguments.workers, report, engine, arguments.strict)
     for line in messages.describe_pack(result, str(out), time.monotonic() - started):
         print_line(line)
 

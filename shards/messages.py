@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from shards.errors import UserError
 from shards.inspect.channels import ChannelStatistics
@@ -26,8 +26,8 @@ def print_line(line: str) -> None:
         raise UserError(f"cannot print: {error.strerror}. Send the output elsewhere.") from error
 
 
-def describe_listing(listing: Listing) -> str:
-    """Return what was found in SRC."""
+def describe_listing(listing: Listing, strict: bool = False) -> Iterator[str]:
+    """Yield what was found in SRC, with the first images that are left out. Where `strict`, with all of them."""
     images = format_count(len(listing), "image")
     labels = "no labels"
     if listing.classes:
@@ -36,7 +36,10 @@ def describe_listing(listing: Listing) -> str:
     if listing.classes and unlabeled:
         labels += f", {format_count(unlabeled, 'image')} without a label"
     ignored = format_count(listing.ignored, "other file")
-    return f"{listing.root}: {images} (format {listing.format}), {labels}, {ignored} ignored"
+    yield f"{listing.root}: {images} (format {listing.format}), {labels}, {ignored} ignored"
+    if listing.left_out:
+        yield f"{format_count(len(listing.left_out), 'image')} cannot be listed, and will be left out:"
+        yield from _list_reasons(listing.left_out, len(listing.left_out) if strict else _NAMED)
 
 
 def describe_pack(result: PackResult, out: str, seconds: float) -> Iterator[str]:
@@ -59,13 +62,18 @@ def describe_shards(manifest: Manifest, out: str) -> Iterator[str]:
     if manifest.rejected:
         where = os.path.join(out, REJECTED_FILE)
         yield f"{format_count(len(manifest.rejected), 'image')} rejected, listed with the reasons in {where}"
-        yield from (f"  {entry.source}: {entry.reason}" for entry in manifest.rejected[:_NAMED])
-        if len(manifest.rejected) > _NAMED:
-            yield "  …"
+        yield from _list_reasons([(entry.source, entry.reason) for entry in manifest.rejected[: _NAMED + 1]], _NAMED)
     if manifest.duplicates:
         where = os.path.join(out, DUPLICATES_FILE)
         images = format_count(manifest.duplicates, "image")
         yield f"{images} with the same bytes as another, kept, and listed in {where}"
+
+
+def _list_reasons(images: Sequence[tuple[str, str]], most: int) -> Iterator[str]:
+    """Yield a line for each of the first `most` images, with its reason, and an ellipsis where there are more."""
+    yield from (f"  {source}: {reason}" for source, reason in images[:most])
+    if len(images) > most:
+        yield "  …"
 
 
 def describe_report(report: Report, folder: str, seconds: float) -> Iterator[str]:

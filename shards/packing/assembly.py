@@ -23,6 +23,14 @@ class NothingPackedError(Exception):
         self.rejected = sorted(rejected)
 
 
+class SomeRejectedError(Exception):
+    """Some images were rejected where none may be. ``rejected.csv`` has them all."""
+
+    def __init__(self, rejected: tuple[Rejected, ...]) -> None:
+        super().__init__("images were rejected")
+        self.rejected = rejected
+
+
 def write_index_and_manifest(
     out: Folder,
     shard_count: int,
@@ -33,23 +41,29 @@ def write_index_and_manifest(
     options: dict[str, Any],
     ignored: int,
     foreign: bool = False,
+    left_out: Iterable[tuple[str, str]] = (),
+    strict: bool = False,
 ) -> Manifest:
     """Join the partial indexes of all shards, which are read one at a time. A tar of ours without a sample is removed.
 
-    The arguments after `shard_count` are fields of the manifest. Raises NothingPackedError where not one image is left,
-    and UserError where a partial index is missing.
+    `left_out` has the path and reason of images that were in no shard's task. They come first among the rejected. The
+    arguments before it are fields of the manifest. Raises NothingPackedError where not one image is left,
+    SomeRejectedError, before the index is written, where images were rejected and `strict` is set, and UserError where
+    a partial index is missing.
     """
     summary = _Summary(keeps_empty=foreign)
     for part in _load_parts(out, shard_count):
         summary.add(part)
     if not summary.samples:
         raise NothingPackedError(summary.rejected)
+    rejected = tuple(Rejected(*entry) for entry in (*left_out, *(named for _, *named in sorted(summary.rejected))))
+    _write_table(out, REJECTED_FILE, ("image", "reason"), ((entry.source, entry.reason) for entry in rejected))
+    if strict and rejected:
+        raise SomeRejectedError(rejected)
     not_empty = (part for part in _load_parts(out, shard_count) if part.file not in summary.empty)
     index_sha256 = _write_index(out, not_empty, summary.samples)
     repeated = _find_duplicates(_load_parts(out, shard_count), summary.find_repeated_marks())
     duplicates = _write_table(out, DUPLICATES_FILE, ("image", "same_bytes_as"), repeated)
-    rejected = tuple(Rejected(source, reason) for _, source, reason in sorted(summary.rejected))
-    _write_table(out, REJECTED_FILE, ("image", "reason"), ((entry.source, entry.reason) for entry in rejected))
     manifest = Manifest(
         name=name,
         fingerprint=fingerprint,

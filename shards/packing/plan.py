@@ -41,7 +41,7 @@ class Plan:
     cuts: np.ndarray
     """[shards + 1] int64: positions in `order`"""
     fingerprint: str
-    """sha256 of the images' names, sizes and labels, the classes and the options"""
+    """sha256 of the images' names, sizes and labels, what was left out, the classes and the options"""
 
     @property
     def shard_count(self) -> int:
@@ -83,4 +83,6 @@ def _compute_fingerprint(listing: Listing, options: Options) -> str:
         digest.update(np.ascontiguousarray(column).data)
     for name in listing.read_names():
         digest.update(name)
+    if listing.left_out:
+        digest.update(json.dumps(listing.left_out).encode())
     return digest.hexdigest()

@@ -21,13 +21,14 @@ _FIX = "Make it readable or take it out of SRC, then run the same command again.
 class FolderWalk:
     """The files below a folder or URL whose names are `wanted`. Links are followed, and hidden names are skipped.
 
-    Raises UserError, during the walk, for what cannot be read and for links in circles.
+    Raises UserError, during the walk, for what cannot be read.
     """
 
     def __init__(self, root: str, wanted: Callable[[str], bool]) -> None:
         self.root = root
         self.folders: list[str] = []  # names directly below the root; known after the walk, as is `ignored`
         self.ignored = 0  # number of files that were hidden or not wanted
+        self.broken_links: list[tuple[str, str]] = []  # relative path and reason; any may have led to a class folder
         self._wanted = wanted
 
     def files(self) -> Iterator[Entry]:
@@ -57,15 +58,15 @@ class FolderWalk:
                 path = prefix + entry.name
                 if entry.name.startswith((".", "__MACOSX")):
                     self.ignored += 1
+                elif entry.is_symlink() and (reason := _find_link_problem(entry, above)):
+                    self.broken_links.append((path, reason))
                 elif _is_folder(entry):
-                    pending.append((path + "/", (*above, _identify_below(entry, above))))
+                    pending.append((path + "/", (*above, _identify(entry.path))))
                     if not prefix:
                         self.folders.append(entry.name)
                 elif self._wanted(entry.name) and (size := _get_size(entry)) is not None:
                     yield os.fsencode(path), size
                 else:
-                    if entry.is_symlink():
-                        _get_size(entry)  # a link that leads nowhere may have led to a class folder
                     self.ignored += 1
 
 
@@ -109,16 +110,19 @@ def _list_entries(folder: str) -> Iterator[os.DirEntry[str]]:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError as error:  # a link to itself, for example
+    except OSError as error:
         raise UserError(f"cannot read {entry.path}: {error.strerror}. {_FIX}") from error
 
 
-def _identify_below(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> tuple[int, int]:
-    """Return the identity of a folder. Raises UserError if it is one of those that it lies in."""
-    identity = _identify(entry.path)
-    if identity in above:
-        raise UserError(f"{entry.path} links to a folder that it lies in. Take the link out of SRC.")
-    return identity
+def _find_link_problem(entry: os.DirEntry[str], above: tuple[tuple[int, int], ...]) -> str | None:
+    """Return why a link cannot be followed, or None. `above` are the identities of the folders that it lies in."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        return f"link to {os.readlink(entry.path)!r}: {error.strerror}"
+    if (status.st_dev, status.st_ino) in above:
+        return f"link to {os.readlink(entry.path)!r}, a folder that it lies in"
+    return None
 
 
 def _identify(folder: str) -> tuple[int, int]:

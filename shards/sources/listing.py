@@ -84,6 +84,8 @@ class Listing:
     """[images] int32: positions in the classes; -1: unlabeled"""
     names_file: NamesFile
     """all names"""
+    left_out: tuple[tuple[str, str], ...] = ()
+    """path and reason of what may have been an image but cannot be listed, such as a link that leads nowhere"""
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,5 +1,6 @@
 """Find out what SRC is, a folder of images or of archives, an archive, an object store, and list the images in it."""
 
+import dataclasses
 import glob
 import os
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ def scan(source: str | os.PathLike[str], format: str, work_folder: Path, tick: T
     with cls or json labels. "parquet": tables of Hugging Face. "auto": look at the source. Archives that cannot be read
     by offsets are converted to plain tars in `work_folder`. `tick` is called with the number of images found.
 
-    Raises UserError for whatever is missing, unreadable, damaged or ambiguous.
+    Links that lead nowhere or in circles are left out, with their reasons. Raises UserError for whatever else is
+    missing, unreadable, damaged or ambiguous.
     """
     source = os.fspath(source)
     if _is_folder(source):
@@ -78,15 +80,21 @@ def _scan_folder(root: str, format: str, work_folder: Path, tick: Tick) -> Listi
             archives.append(os.fsdecode(name))
         else:
             builder.add(name, size)
+    left_out = tuple(sorted(walk.broken_links))
     _refuse_both(root, format, len(builder), archives)
     if format in ("webdataset", "parquet") or not len(builder):
         if not archives and len(builder):
             raise UserError(f"{root}: no archives in it. Leave --format {format} out to pack its images.")
         if not archives:
-            raise UserError(f"{root}: no images (JPEG, PNG or WebP files) and no archives of them in it. {GIVE_SRC}")
-        return list_archives(root, [f"{root}/{name}" for name in archives], format, work_folder, tick)
-    listing = builder.finish(root, "flat", root, (), walk.ignored + len(archives))
-    return label_by_folder(listing, format, 0, walk.folders)
+            links = f" that can be read: {left_out[0][0]} is a {left_out[0][1]}" if left_out else ""
+            raise UserError(
+                f"{root}: no images (JPEG, PNG or WebP files) and no archives of them in it{links}. {GIVE_SRC}"
+            )
+        listing = list_archives(root, [f"{root}/{name}" for name in archives], format, work_folder, tick)
+    else:
+        listing = builder.finish(root, "flat", root, (), walk.ignored + len(archives))
+        listing = label_by_folder(listing, format, 0, walk.folders)
+    return dataclasses.replace(listing, left_out=left_out)
 
 
 def _count(entries: Iterator[Entry], tick: Tick) -> Iterator[Entry]:

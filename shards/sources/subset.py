@@ -1,5 +1,6 @@
 """Take fewer images than were listed: some classes, a random sample, a validation set. All depend on the seed alone."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 
@@ -67,7 +68,8 @@ def split_train_val(listing: Listing, fraction: float, seed: int) -> tuple[Listi
     """Return the images for training and for validation.
 
     Of each class, `fraction` of its images, rounded to the nearest, are drawn for validation. Unlabeled images count as
-    one class. Raises UserError where one of the two sets would be empty.
+    one class. What was left out stays with the images for training. Raises UserError where one of the two sets would be
+    empty.
     """
     labels = listing.labels.astype(np.int64) + 1
     counts = np.bincount(labels, minlength=len(listing.classes) + 1)
@@ -80,4 +82,5 @@ def split_train_val(listing: Listing, fraction: float, seed: int) -> tuple[Listi
             f"--split-val {fraction:g} leaves no images for {'train' if in_val.any() else 'val'} of {len(listing)}. "
             "Choose another fraction."
         )
-    return listing.select(np.flatnonzero(~in_val)), listing.select(np.flatnonzero(in_val))
+    train, val = listing.select(np.flatnonzero(~in_val)), listing.select(np.flatnonzero(in_val))
+    return train, dataclasses.replace(val, left_out=())

@@ -139,6 +139,8 @@ def world_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "self" / "cat" / "me.jpg").symlink_to("me.jpg")
     (root / "lost" / "eel").symlink_to("/nowhere/eel")
     (root / "gone" / "cat" / "x.jpg").symlink_to("/nowhere.jpg")
+    (root / "dead").mkdir()
+    (root / "dead" / "cat.jpg").symlink_to("/nowhere.jpg")
     (root / "grown" / "cat").mkdir(parents=True)
     (root / "grown" / "cat" / "x.jpg").symlink_to("/proc/version")  # listed with 0 bytes, read with more
     os.mkfifo(root / "pipe")
@@ -238,10 +240,11 @@ REFUSED = {
     "pack set/train set/val OUT": "Put a pattern in quotes, or the shell expands it. See 'make-shards pack --help'",
     "pack set/train OUT --fast": "unknown option --fast. See 'make-shards pack --help'.",
     # ---- links
-    "pack loop OUT": "loop/cat/up links to a folder that it lies in. Take the link out of SRC.",
-    "pack self OUT": "cannot read self/cat/me.jpg: Too many levels of symbolic links. Make it readable or take it out",
-    "pack lost OUT": "cannot read lost/eel: No such file or directory. Make it readable or take it out of SRC, then",
-    "pack gone OUT": "cannot read gone/cat/x.jpg: No such file or directory. Make it readable or take it out of SRC,",
+    **{
+        f"pack {source} OUT --strict": "--strict: 1 image cannot be listed. Repair or remove them, or leave --strict"
+        for source in ("loop", "self", "lost", "gone")
+    },
+    "pack dead OUT": "in it that can be read: cat.jpg is a link to '/nowhere.jpg': No such file or directory. Give",
     # ---- archives
     "pack bad/zero.tar OUT": "bad/zero.tar is empty. Download it again.",
     "pack bad/zero.zip OUT": "bad/zero.zip is empty. Download it again.",
@@ -451,9 +454,11 @@ def test_names_of_any_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     printed = capsys.readouterr()
     assert printed.err == ""
     assert all(line.isprintable() for line in printed.out.split("\n"))
-    (source / "deep" / "gone\x1b[31m.jpg").symlink_to("nowhere")
-    assert main(["pack", str(source), str(tmp_path / "new")]) == 1
-    assert capsys.readouterr().err[:-1].isprintable()
+    (source / "deep" / "gone\x1b[31m.jpg").symlink_to("no\x1b[31mwhere")
+    assert main(["pack", str(source), str(tmp_path / "new"), "--strict"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err[:-1].isprintable()
+    assert all(line.isprintable() for line in printed.out.split("\n"))
 
 
 def test_extensions_of_any_case_and_of_other_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -503,6 +508,58 @@ def test_a_link_to_another_folder_is_followed(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to("src")
     assert main(["pack", str(tmp_path / "link"), str(tmp_path / "out"), "--workers", "1"]) == 0
     assert balance(tmp_path / "out") == {"cat": 1, "dog": 1, "eel": 2}
+
+
+def test_links_that_lead_nowhere_are_left_out_by_reason(
+    typed: Typed, tmp_path: Path, contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    for name in ("loop", "self", "lost", "gone"):
+        status, printed, errors = typed(f"pack {name} OUT/{name}")
+        assert (status, errors) == (0, "")
+        assert printed.split("\n")[1] == "1 image cannot be listed, and will be left out:"
+        assert balance(tmp_path / "out" / name) == {"cat": 1, "dog": 1}
+    reason = "link to '/nowhere.jpg': No such file or directory"
+    assert (tmp_path / "out" / "gone" / REJECTED_FILE).read_text() == f"image,reason\ncat/x.jpg,{reason}\n"
+    assert f"  cat/x.jpg: {reason}" in printed.split("\n")[2]
+    assert "1 image rejected, listed with the reasons in " in printed
+    before = contents(tmp_path / "out" / "gone")
+    assert "already complete" in typed("pack gone OUT/gone")[1]
+    assert contents(tmp_path / "out" / "gone") == before
+
+
+def test_strict_lists_all_that_it_refuses_and_the_same_call_without_it_goes_on(tmp_path: Path, capsys) -> None:
+    source, out = tmp_path / "src", tmp_path / "out"
+    put(source, class_folders(".", 1) | {f"cat/broken{number}.jpg": b"<html>" for number in range(7)})
+    call = ["pack", str(source), str(out), "--workers", "1"]
+    for _ in range(2):
+        assert main([*call, "--strict"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("make-shards: --strict: 7 images cannot be packed (cat/broken0.jpg: not a JPEG, PNG")
+        assert error.count("\n") == 1
+        assert not (out / MANIFEST_FILE).exists()
+        assert (out / REJECTED_FILE).read_text().count("\n") == 8
+    assert main(call) == 0
+    assert "1 shard kept from an earlier run" in capsys.readouterr().out
+    assert balance(out) == {"cat": 1, "dog": 1}
+    assert main([*call, "--strict"]) == 1
+    assert "--strict: 7 images cannot be packed" in capsys.readouterr().err
+    for number in range(8):
+        (source / f"gone{number}").symlink_to("nowhere")
+    assert main(["pack", str(source), str(tmp_path / "new"), "--strict"]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "make-shards: --strict: 8 images cannot be listed. Repair or remove them, or leave --strict out.\n"
+    )
+    assert printed.out.split("\n")[1:-1] == [
+        "8 images cannot be listed, and will be left out:",
+        *(f"  gone{number}: link to 'nowhere': No such file or directory" for number in range(8)),
+    ]
+
+
+def test_a_split_lists_what_was_left_out_once(typed: Typed, tmp_path: Path) -> None:
+    typed("pack gone OUT --split-val 0.5 --format flat")
+    counts = [len(ShardIndex(tmp_path / "out" / name).manifest.rejected) for name in ("train", "val")]
+    assert counts == [1, 0]
 
 
 def test_a_source_that_changes(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

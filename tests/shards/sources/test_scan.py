@@ -92,14 +92,32 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path, look: Callable[..
     (tmp_path / "src" / "a").symlink_to(tmp_path / "store")
     assert [name for name, _ in found(look(tmp_path / "src"))] == ["a/1.jpg", "b/2.jpg"]
     (tmp_path / "src" / "b" / "up").symlink_to(tmp_path / "src")
-    with pytest.raises(UserError, match="up links to a folder that it lies in"):
-        look(tmp_path / "src")
+    listing = look(tmp_path / "src")
+    assert [name for name, _ in found(listing)] == ["a/1.jpg", "b/2.jpg"]
+    assert listing.left_out == (("b/up", f"link to '{tmp_path}/src', a folder that it lies in"),)
 
 
-def test_dangling_link_is_not_passed_over(tmp_path: Path, look: Callable[..., Listing]) -> None:
+def test_links_that_lead_nowhere_are_all_found_at_once(tmp_path: Path, look: Callable[..., Listing]) -> None:
+    put(tmp_path / "src", "b/1.jpg", "c/1.jpg")
+    for name, target in (("gone.jpg", "nowhere"), ("eel", "/nowhere/eel"), ("b/me.png", "me.png"), ("a.tar", "x")):
+        (tmp_path / "src" / name).symlink_to(target)
+    (tmp_path / "src" / ".hidden.jpg").symlink_to("nowhere")
+    listing = look(tmp_path / "src")
+    assert [name for name, _ in found(listing)] == ["b/1.jpg", "c/1.jpg"]
+    assert listing.left_out == (
+        ("a.tar", "link to 'x': No such file or directory"),
+        ("b/me.png", "link to 'me.png': Too many levels of symbolic links"),
+        ("eel", "link to '/nowhere/eel': No such file or directory"),
+        ("gone.jpg", "link to 'nowhere': No such file or directory"),
+    )
+    assert listing.ignored == 1
+
+
+def test_a_folder_of_dead_links_says_so(tmp_path: Path, look: Callable[..., Listing]) -> None:
     (tmp_path / "src").mkdir()
-    (tmp_path / "src" / "gone.jpg").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"cannot read .*gone\.jpg: No such file"):
+    (tmp_path / "src" / "1.jpg").symlink_to("../.git/annex/1.jpg")
+    words = r"in it that can be read: 1\.jpg is a link to '\.\./\.git/annex/1\.jpg': No such file or directory\."
+    with pytest.raises(UserError, match=words):
         look(tmp_path / "src")
 
 
