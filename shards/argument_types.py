@@ -73,6 +73,14 @@ def parse_seconds(text: str) -> float:
     return _parse_number(text, "a time in seconds", 0, 1e6)
 
 
+def parse_extensions(text: str) -> tuple[str, ...]:
+    """Return extensions from text such as "image.jpg,image.png", in lowercase and without a first dot."""
+    extensions = tuple(part.strip().lstrip(".").lower() for part in text.split(","))
+    if not all(extensions) or "/" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no extension. Write it like image.jpg or jpg,png")
+    return extensions
+
+
 def parse_prefix(text: str) -> str:
     """Return the prefix of the tars' names."""
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}", text):

@@ -9,6 +9,7 @@ from shards.argument_types import (
     Parser,
     parse_bytes,
     parse_count,
+    parse_extensions,
     parse_fraction,
     parse_path,
     parse_png_path,
@@ -147,6 +148,7 @@ def _add_index(commands: Commands) -> None:
         help="folders: the folders in the tars are the classes; flat: no labels; webdataset: samples with cls or json "
         "labels (default: auto, look at the tars)",
     )
+    _add_image_extension_option(source)
     _add_classes_option(source)
     _add_image_options(command)
     _add_workers_option(command.add_argument_group("how to run"))
@@ -240,6 +242,17 @@ def _add_source_options(command: argparse.ArgumentParser) -> None:
         help="file with the classes: a CSV of image and class; or one class per line, in the order of the images' "
         "names; or ILSVRC2012_devkit_t12.tar.gz, for ImageNet's validation archive",
     )
+    _add_image_extension_option(group)
+    group.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="column of a parquet table that holds the images (default: image, or the only one that may)",
+    )
+    group.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="column of a parquet table that holds the labels (default: label, or the only one with class names)",
+    )
     _add_classes_option(group)
     group.add_argument(
         "--subset-classes",
@@ -255,6 +268,17 @@ def _add_source_options(command: argparse.ArgumentParser) -> None:
         metavar="FRACTION",
         help="pack this fraction of each class (more than 0, less than 1), drawn by --seed, into OUT/val, and the rest "
         "into OUT/train (default: no split)",
+    )
+
+
+def _add_image_extension_option(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--image-extension",
+        type=parse_extensions,
+        default=(),
+        metavar="NAMES",
+        help="extension of the images in WebDataset tars, such as image.jpg or tif, or several between commas; what "
+        "precedes it is the key, which may hold dots (default: jpg, jpeg, png, webp after the first dot)",
     )
 
 

@@ -24,6 +24,7 @@ from shards.packing.pack import IF_LOCKED, Engine, pack, refuse_overlap
 from shards.packing.plan import Options
 from shards.progress import show_progress
 from shards.sources import subset
+from shards.sources.fields import Fields
 from shards.sources.label_files import label_from_file
 from shards.sources.labels import number_as_in
 from shards.sources.listing import Listing
@@ -60,7 +61,13 @@ def run_index(arguments: argparse.Namespace) -> int:
         raise UserError(f"{folder} was made by make-shards pack, which also wrote its index. There is nothing to do.")
     with folder.lock(IF_LOCKED):
         with show_progress("listing") as report:
-            listing = scan_tars(str(folder), names, arguments.format, lambda found: report(found, 0))
+            listing = scan_tars(
+                str(folder),
+                names,
+                arguments.format,
+                lambda found: report(found, 0),
+                Fields(arguments.image_extension),
+            )
         if arguments.classes:
             listing = number_as_in(listing, _load_classes(arguments.classes), arguments.classes)
         for line in messages.describe_listing(listing):
@@ -180,7 +187,8 @@ def _pack_set(arguments: argparse.Namespace, listing: Listing, out: Folder, name
 def _list_images(arguments: argparse.Namespace, work_folder: Path) -> Listing:
     """Return the images to pack, with their labels."""
     with show_progress("listing") as report:
-        listing = scan(arguments.source, arguments.format, work_folder, lambda found: report(found, 0))
+        fields = Fields(arguments.image_extension, arguments.image_column, arguments.label_column)
+        listing = scan(arguments.source, arguments.format, work_folder, lambda found: report(found, 0), fields)
     if arguments.labels:
         listing = label_from_file(listing, arguments.labels)
     if arguments.subset_classes is not None:

@@ -29,7 +29,7 @@ def print_line(line: str) -> None:
 def describe_listing(listing: Listing, strict: bool = False) -> Iterator[str]:
     """Yield what was found in SRC, with the first images that are left out. Where `strict`, with all of them."""
     images = format_count(len(listing), "image")
-    labels = "no labels"
+    labels = f"no labels ({listing.hint})" if listing.hint else "no labels"
     if listing.classes:
         labels = f"{format_count(len(listing.classes), 'class')} ({list_first(listing.classes)})"
     unlabeled = int((listing.labels == UNLABELED).sum())

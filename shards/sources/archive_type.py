@@ -1,5 +1,6 @@
 """Find out what an archive is: its type by its first bytes, whether it holds samples, whether make-shards made it."""
 
+import itertools
 import os
 from collections.abc import Sequence
 from typing import BinaryIO
@@ -8,6 +9,7 @@ from shards.errors import UserError
 from shards.layout import MANIFEST_FILE
 from shards.manifest import Manifest
 from shards.sources import tars, webdataset
+from shards.sources.file_types import is_image
 from shards.storage import files
 from shards.storage.folders import open_folder
 
@@ -43,8 +45,38 @@ def detect_archive_type(path: str) -> str:
 def is_webdataset(path: str, name: str) -> bool:
     """Return whether samples with labels are among the first members. Other JSON files beside images do not count."""
     with files.open_input(path) as file:
-        members = (member for _, member in zip(range(_MEMBERS_TO_LOOK_AT), tars.list_members(file, name), strict=False))
-        return any(sample.image and _has_label(file, sample) for sample in webdataset.group_samples(members))
+        samples = webdataset.group_samples(_read_first_members(file, name))
+        return any(sample.image and _has_label(file, sample) for sample in samples)
+
+
+def refuse_other_images(path: str, name: str) -> None:
+    """Raise UserError where images that samples do not have by their extensions lie beside labels at the beginning."""
+    with files.open_input(path) as file:
+        found = webdataset.find_other_images(_read_first_members(file, name))
+        labeled = {
+            extension: (image, label)
+            for extension, (image, label) in found.items()
+            if _has_label(file, webdataset.Sample("", image, label))
+        }
+    if labeled:
+        image, label = next(iter(labeled.values()))
+        others = f" (or {', '.join(list(labeled)[1:])})" if len(labeled) > 1 else ""
+        raise UserError(
+            f"{name}: images with other extensions than jpg, jpeg, png and webp lie beside labels, such as "
+            f"{image.name} and {label.name}. Pass --image-extension {next(iter(labeled))}{others} to pack them as "
+            "samples, or --format flat to pack all images without labels."
+        )
+
+
+def list_other_extensions(path: str, name: str) -> list[str]:
+    """Return the extensions, sorted, of the first members that are no images by their names."""
+    with files.open_input(path) as file:
+        bases = [member.name.rpartition("/")[2] for member in _read_first_members(file, name)]
+    return sorted({base.partition(".")[2].lower() for base in bases if not is_image(base)} - {""})
+
+
+def _read_first_members(file: BinaryIO, name: str) -> list[tars.Member]:
+    return list(itertools.islice(tars.list_members(file, name), _MEMBERS_TO_LOOK_AT))
 
 
 def load_class_names(root: str, paths: Sequence[str]) -> tuple[str, ...] | None:

@@ -1,7 +1,8 @@
 """List the images in archives: in class folders, in none, or as samples with labels."""
 
+import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
@@ -13,46 +14,44 @@ from shards.sources.archive_type import (
     GIVE_SRC,
     detect_archive_type,
     is_webdataset,
+    list_other_extensions,
     load_class_names,
+    refuse_other_images,
 )
 from shards.sources.class_folders import count_common_folders, refuse_mixed_splits, strip_common_folder
+from shards.sources.fields import Fields
+from shards.sources.file_types import ARCHIVES, is_image
 from shards.sources.labels import label_by_folder, number_classes
 from shards.sources.listing import MAX_LISTED_SIZE, NOT_COMPRESSED, Listing, ListingBuilder
 from shards.storage import files
+from shards.text import list_first
 
-# Listed as well, to be rejected by name and reason: shards hold JPEG, PNG and WebP.
-_OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2")
-IMAGES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", *_OTHERS))
-ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip", ".parquet")
+_OTHER_EXTENSION = "no image of a sample by its extension; --image-extension takes it"
 
 Tick = Callable[[int], None]  # called with the number of images found
 
 
-def is_image(name: str) -> bool:
-    """Return whether a file is an image by its name."""
-    return os.path.splitext(name)[1].lower() in IMAGES
-
-
-def is_archive(name: str) -> bool:
-    """Return whether a file is an archive of images by its name."""
-    return name.lower().endswith(ARCHIVES)
-
-
-def list_archives(root: str, paths: list[str], format: str, work_folder: Path, tick: Tick) -> Listing:
+def list_archives(root: str, paths: list[str], format: str, work_folder: Path, tick: Tick, fields: Fields) -> Listing:
     """List the images in archives, which must be of one type. The other arguments are as in `scan`."""
     kind = _require_one_type(root, paths)
     if format not in FORMATS_OF_TYPE[kind]:
         raise UserError(f"{paths[0]} is a {kind} file, which --format {format} does not fit. Leave --format out.")
+    fields.refuse_unused(root, kind, format)
     if format == "auto":
         refuse_mixed_splits(root, paths)
     if kind == "parquet":
-        listing = _list_parquet(root, paths, work_folder, tick)
+        fields = dataclasses.replace(fields, labeled=format != "flat")
+        listing = _list_parquet(root, paths, work_folder, tick, fields)
         return label_by_folder(listing, "flat", 0, ()) if format == "flat" else listing
     if kind == "zip":
         return _list_in_folders(root, paths, paths, _list_zip, format, tick)
     plain = paths if kind == "tar" else [tar_conversion.decompress_tar(path, work_folder) for path in paths]
-    if format == "webdataset" or (format == "auto" and is_webdataset(plain[0], paths[0])):
-        return _list_samples(root, "webdataset", paths, plain, load_class_names(root, paths), tick)
+    if format in ("auto", "webdataset"):
+        has_samples = bool(fields.image_extensions) or is_webdataset(plain[0], paths[0])
+        if not has_samples:
+            refuse_other_images(plain[0], paths[0])
+        if has_samples or format == "webdataset":
+            return _list_webdataset(root, paths, plain, tick, fields.image_extensions)
     return _list_in_folders(root, paths, plain, _list_tar, format, tick)
 
 
@@ -158,24 +157,47 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
+def _list_webdataset(
+    root: str, paths: list[str], plain: list[str], tick: Tick, image_extensions: Sequence[str]
+) -> Listing:
+    names = load_class_names(root, paths)
+    listing = _list_samples(root, "webdataset", paths, plain, names, tick, image_extensions)
+    if not listing.classes and (others := list_other_extensions(plain[0], paths[0])):
+        hint = f"labels are cls or json; beside the images lie {list_first(others)}"
+        return dataclasses.replace(listing, hint=hint)
+    return listing
+
+
 def _list_samples(
-    root: str, format: str, paths: list[str], plain: list[str], names: tuple[str, ...] | None, tick: Tick
+    root: str,
+    format: str,
+    paths: list[str],
+    plain: list[str],
+    names: tuple[str, ...] | None,
+    tick: Tick,
+    image_extensions: Sequence[str] = (),
 ) -> Listing:
     """List WebDataset tars. `names` are those of the classes whose numbers are the labels, where they are known."""
     builder, ignored = ListingBuilder(in_containers=True), 0
+    left_out: list[tuple[str, str]] = []
     for container, (path, prefix) in enumerate(zip(paths, _make_prefixes(paths), strict=True)):
         with files.open_input(plain[container]) as file:
-            for sample in webdataset.group_samples(tars.list_members(file, path)):
+            for sample in webdataset.group_samples(tars.list_members(file, path), image_extensions):
                 if sample.image is None:
                     ignored += 1
+                    if sample.other is not None:
+                        left_out.append((prefix + sample.other.name, _OTHER_EXTENSION))
                     continue
                 name = os.fsencode(prefix + sample.image.name)
                 label = _read_label(file, path, sample)
                 builder.add(name, sample.image.size, label, container, sample.image.offset)
                 tick(len(builder))
     if not len(builder):
-        raise UserError(f"{root}: no samples with a jpg, jpeg, png or webp in it. {GIVE_SRC}")
-    listing = builder.finish(root, format, "", tuple(plain), ignored)
+        wanted = ", ".join(image_extensions) or "jpg, jpeg, png or webp"
+        other = f" There is {left_out[0][0]}: pass --image-extension with what follows its key." if left_out else ""
+        raise UserError(f"{root}: no samples with a {wanted} in it.{other or f' {GIVE_SRC}'}")
+    listing = builder.finish(root, format, "", tuple(plain), ignored - len(left_out))
+    listing = dataclasses.replace(listing, left_out=tuple(left_out))
     return number_classes(listing, listing.labels, builder.list_label_texts(), named=False, names=names)
 
 
@@ -189,11 +211,14 @@ def _read_label(file: BinaryIO, name: str, sample: webdataset.Sample) -> str | N
         ) from error
 
 
-def _list_parquet(root: str, paths: list[str], work_folder: Path, tick: Tick) -> Listing:
-    labels = {path: tar_conversion.find_label_column(path) for path in paths}
+def _list_parquet(root: str, paths: list[str], work_folder: Path, tick: Tick, fields: Fields) -> Listing:
+    labels = {path: tar_conversion.find_label_column(path, fields) for path in paths}
     label = labels[paths[0]]
     for path in paths:
         if labels[path] != label:
             raise UserError(f"{path} has another label column, or other classes, than {paths[0]}. Give one set as SRC.")
-    plain = [tar_conversion.convert_parquet(path, work_folder, tick) for path in paths]
-    return _list_samples(root, "parquet", paths, plain, label.names if label else None, tick)
+    plain = [tar_conversion.convert_parquet(path, work_folder, tick, fields) for path in paths]
+    listing = _list_samples(root, "parquet", paths, plain, label.names if label else None, tick)
+    if label is None and fields.labeled and (columns := tar_conversion.list_columns(paths[0])):
+        return dataclasses.replace(listing, hint=f"--label-column NAME takes one of {', '.join(columns)} as labels")
+    return listing

@@ -86,6 +86,8 @@ class Listing:
     """all names"""
     left_out: tuple[tuple[str, str], ...] = ()
     """path and reason of what may have been an image but cannot be listed, such as a link that leads nowhere"""
+    hint: str = ""
+    """what was found instead of labels, and the flag that takes it, if there is one"""
 
     def __len__(self) -> int:
         return len(self.rows)

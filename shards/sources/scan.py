@@ -8,7 +8,9 @@ from pathlib import Path
 
 from shards.errors import UserError
 from shards.sources.archive_type import GIVE_SRC, detect_archive_type
-from shards.sources.archives import Tick, is_archive, is_image, list_archives
+from shards.sources.archives import Tick, list_archives
+from shards.sources.fields import AS_FOUND, Fields
+from shards.sources.file_types import is_archive, is_image
 from shards.sources.folder_walk import Entry, FolderWalk, sort_entries
 from shards.sources.labels import label_by_folder
 from shards.sources.listing import Listing, ListingBuilder
@@ -17,21 +19,28 @@ from shards.storage import files
 FORMATS = ("auto", "folders", "flat", "webdataset", "parquet")
 
 
-def scan(source: str | os.PathLike[str], format: str, work_folder: Path, tick: Tick = lambda found: None) -> Listing:
+def scan(
+    source: str | os.PathLike[str],
+    format: str,
+    work_folder: Path,
+    tick: Tick = lambda found: None,
+    fields: Fields = AS_FOUND,
+) -> Listing:
     """List the images of a source.
 
     `format` says what the source is. "folders": each folder directly below the root (in an archive: below the folder
     that all images share) is a class. "flat": all images at any depth, without labels. "webdataset": tars of samples
     with cls or json labels. "parquet": tables of Hugging Face. "auto": look at the source. Archives that cannot be read
-    by offsets are converted to plain tars in `work_folder`. `tick` is called with the number of images found.
+    by offsets are converted to plain tars in `work_folder`. `tick` is called with the number of images found. `fields`
+    say where in a sample image and label are.
 
     Links that lead nowhere or in circles are left out, with their reasons. Raises UserError for whatever else is
     missing, unreadable, damaged or ambiguous.
     """
     source = os.fspath(source)
     if _is_folder(source):
-        return _scan_folder(source, format, work_folder, tick)
-    return list_archives(source, _find_archives(source), format, work_folder, tick)
+        return _scan_folder(source, format, work_folder, tick, fields)
+    return list_archives(source, _find_archives(source), format, work_folder, tick, fields)
 
 
 def require_source(source: str) -> None:
@@ -40,13 +49,15 @@ def require_source(source: str) -> None:
         _find_archives(source)
 
 
-def scan_tars(folder: str, names: list[str], format: str, tick: Tick = lambda found: None) -> Listing:
+def scan_tars(
+    folder: str, names: list[str], format: str, tick: Tick = lambda found: None, fields: Fields = AS_FOUND
+) -> Listing:
     """List the images in the plain tars `names` of a folder, where they are. Raises UserError as `scan` does."""
     paths = [f"{folder}/{name}" for name in names]
     for path in paths:
         if (kind := detect_archive_type(path)) != "tar":
             raise UserError(f"{path} is a {kind} file, which cannot be read by offsets. Pack it instead.")
-    return list_archives(folder, paths, format, Path(), tick)
+    return list_archives(folder, paths, format, Path(), tick, fields)
 
 
 def _is_folder(source: str) -> bool:
@@ -70,7 +81,7 @@ def _find_archives(source: str) -> list[str]:
     return found
 
 
-def _scan_folder(root: str, format: str, work_folder: Path, tick: Tick) -> Listing:
+def _scan_folder(root: str, format: str, work_folder: Path, tick: Tick, fields: Fields) -> Listing:
     """List the images of a folder, or those in its archives."""
     walk = FolderWalk(root, lambda name: is_image(name) or is_archive(name))
     builder = ListingBuilder(in_containers=False)
@@ -90,8 +101,10 @@ def _scan_folder(root: str, format: str, work_folder: Path, tick: Tick) -> Listi
             raise UserError(
                 f"{root}: no images (JPEG, PNG or WebP files) and no archives of them in it{links}. {GIVE_SRC}"
             )
-        listing = list_archives(root, [f"{root}/{name}" for name in archives], format, work_folder, tick)
+        listing = list_archives(root, [f"{root}/{name}" for name in archives], format, work_folder, tick, fields)
+        left_out += listing.left_out
     else:
+        fields.refuse_unused(root, "folder", format)
         listing = builder.finish(root, "flat", root, (), walk.ignored + len(archives))
         listing = label_by_folder(listing, format, 0, walk.folders)
     return dataclasses.replace(listing, left_out=left_out)

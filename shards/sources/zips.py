@@ -15,8 +15,8 @@ _LOCAL_HEADER = struct.Struct("<4s4xH16xHH")  # signature, method, lengths of th
 _SIGNATURE = b"PK\3\4"
 _ENCRYPTED, _UTF8 = 1, 1 << 11  # flags
 _DEFLATE_RATIO = 1032  # at best
-_WINDOWS = 0  # or DOS; some of their writers leave backslashes
 _UNIX = 3  # system that an entry was made on: its attributes are a mode
+_WINDOWS = (0, 6, 10, 11, 14)  # and its forerunners: some of their writers leave backslashes
 
 
 class DamagedError(Exception):
@@ -45,15 +45,19 @@ def list_members(file: BinaryIO, name: str) -> Iterator[Member]:
     or not a zip archive, and for a file that is encrypted or compressed by another method than deflate.
     """
     end = file.seek(0, os.SEEK_END)
-    for entry in _read_directory(file, name):
-        if entry.filename.endswith("/") or (entry.create_system == _UNIX and stat.S_ISLNK(entry.external_attr >> 16)):
+    entries = _read_directory(file, name)
+    # No archive of folders is without a slash, unless its writer took the backslash for it, on whatever system.
+    no_slashes = not any("/" in entry.filename for entry in entries)
+    for entry in entries:
+        path = _decode_name(entry, backslashes=no_slashes or entry.create_system in _WINDOWS)
+        if path.endswith("/") or (entry.create_system == _UNIX and stat.S_ISLNK(entry.external_attr >> 16)):
             continue
         _refuse_unreadable(entry, name)
         if entry.header_offset < 0 or entry.header_offset + _LOCAL_HEADER.size + entry.compress_size > end:
             raise UserError(
                 f"{name}: {entry.filename!r} lies beyond the end of the archive. Download the archive again."
             )
-        yield Member(_decode_name(entry), entry.header_offset, entry.compress_size, entry.file_size, entry.CRC)
+        yield Member(path, entry.header_offset, entry.compress_size, entry.file_size, entry.CRC)
 
 
 def read_member(read: Callable[[int, int], bytes], offset: int, packed: int, size: int, crc: int) -> bytes:
@@ -98,8 +102,8 @@ def _refuse_unreadable(entry: zipfile.ZipInfo, name: str) -> None:
         raise UserError(f"{name}: {entry.filename!r} is compressed by method {entry.compress_type}. {fix}")
 
 
-def _decode_name(entry: zipfile.ZipInfo) -> str:
-    """Return a path with slashes.
+def _decode_name(entry: zipfile.ZipInfo, *, backslashes: bool) -> str:
+    """Return a path with slashes, also in place of `backslashes`.
 
     It is read as UTF-8 even where the flag is missing, as in archives made by macOS, and else as code page 437.
     """
@@ -107,7 +111,7 @@ def _decode_name(entry: zipfile.ZipInfo) -> str:
     if not entry.flag_bits & _UTF8:
         with contextlib.suppress(UnicodeDecodeError):
             name = name.encode("cp437").decode("utf-8")
-    if entry.create_system == _WINDOWS:
+    if backslashes:
         name = name.replace("\\", "/")
     return name.removeprefix("./")
 

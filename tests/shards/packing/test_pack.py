@@ -17,7 +17,7 @@ from shards.images.rules import ImageRules
 from shards.index import ShardIndex
 from shards.layout import RECORD
 from shards.packing.plan import Options
-from shards.sources.archives import IMAGES
+from shards.sources.file_types import IMAGES
 from tests.shards.packing_helpers import pack_tree
 
 Contents = Callable[[Path], dict[str, bytes]]

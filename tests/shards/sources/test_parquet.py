@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from shards.errors import UserError
-from shards.sources.parquet import convert_to_tar, find_label_column
+from shards.sources.fields import AS_FOUND, Fields
+from shards.sources.parquet import convert_to_tar, find_label_column, list_label_columns
 
 pa = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -44,15 +45,15 @@ def parquet_of(columns: dict[str, Any], metadata: dict[bytes, bytes] | None = No
     return file.getvalue()
 
 
-def tar_of(data: bytes) -> bytes:
+def tar_of(data: bytes, fields: Fields = AS_FOUND) -> bytes:
     target = io.BytesIO()
-    convert_to_tar(io.BytesIO(data), "x.parquet", target, lambda rows: None)
+    convert_to_tar(io.BytesIO(data), "x.parquet", target, lambda rows: None, fields)
     return target.getvalue()
 
 
-def samples(data: bytes) -> list[tuple[bytes, str | None]]:
+def samples(data: bytes, fields: Fields = AS_FOUND) -> list[tuple[bytes, str | None]]:
     """Image and label of each row, as tarfile reads what was written."""
-    with tarfile.open(fileobj=io.BytesIO(tar_of(data)), mode="r:") as tar:
+    with tarfile.open(fileobj=io.BytesIO(tar_of(data, fields)), mode="r:") as tar:
         files = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
     count = sum(name.endswith(".jpg") for name in files)
     found = [(files.pop(f"{row:09d}.jpg"), files.pop(f"{row:09d}.cls", None)) for row in range(count)]
@@ -60,8 +61,11 @@ def samples(data: bytes) -> list[tuple[bytes, str | None]]:
     return [(image, None if label is None else label.decode()) for image, label in found]
 
 
-def refused(data: bytes, message: str) -> None:
-    for attempt in (tar_of, lambda data: class_names(io.BytesIO(data), "x.parquet")):
+def refused(data: bytes, message: str, fields: Fields = AS_FOUND) -> None:
+    for attempt in (
+        lambda data: tar_of(data, fields),
+        lambda data: find_label_column(io.BytesIO(data), "x.parquet", fields),
+    ):
         with pytest.raises(UserError, match=message) as caught:
             attempt(data)
         assert "\n" not in str(caught.value)
@@ -132,9 +136,6 @@ def test_the_only_other_class_label_is_the_label() -> None:
     breed = features(breed=CLASSES, id={"_type": "Value", "dtype": "int64"}, image={"_type": "Image"})
     assert [label for _, label in samples(parquet_of(columns, breed))] == ["1", "0"]
     assert class_names(io.BytesIO(parquet_of(columns, breed)), "x") == ("cat", "süßer Hund", "n01440764")
-    two = parquet_of(columns, features(breed=CLASSES, id=CLASSES))
-    assert [label for _, label in samples(two)] == [None, None]
-    assert class_names(io.BytesIO(two), "x") is None
     both = parquet_of({**columns, "label": [8, 9]}, breed)
     assert [label for _, label in samples(both)] == ["8", "9"]
     assert class_names(io.BytesIO(both), "x") is None
@@ -178,13 +179,67 @@ def test_ambiguous_and_missing_columns_are_named() -> None:
     rows = rows_of(IMAGES[:2])
     refused(
         parquet_of({"left": rows, "right": rows, "id": [1, 2]}),
-        r"^x\.parquet: several columns may hold the images \('left', 'right'\)\. Rename the right one to 'image'\.$",
+        r"^x\.parquet: several columns may hold the images \('left', 'right'\)\. Pass --image-column NAME\.$",
     )
     refused(parquet_of({"jpg": IMAGES[:2], "png": IMAGES[:2]}), r"several columns .*'jpg', 'png'")
     refused(
         parquet_of({"url": ["a", "b"], "data": IMAGES[:2]}),
-        r"^x\.parquet: no column holds images \('url', 'data'\)\. Rename the right one to 'image'\.$",
+        r"^x\.parquet: no column holds images \('url', 'data'\)\. Pass --image-column NAME\.$",
     )
+
+
+COLUMNS = {"img": rows_of(IMAGES[:2]), "fine_label": [5, 6], "coarse_label": [1, 0], "caption": ["a", "b"]}
+
+
+def test_labels_of_other_names_are_named_with_the_flag_that_takes_one() -> None:
+    words = r"^x\.parquet: no column 'label', but 'fine_label', 'coarse_label' may hold the labels\. Pass --label-col"
+    two = features(fine_label=CLASSES, coarse_label=CLASSES)
+    for metadata in (None, two, features(img={"_type": "Image"})):
+        data = parquet_of(COLUMNS, metadata)
+        refused(data, words)
+        for column, labels in (("fine_label", ["5", "6"]), ("coarse_label", ["1", "0"]), ("caption", ["a", "b"])):
+            chosen = Fields(label_column=column)
+            assert samples(data, chosen) == list(zip(IMAGES[:2], labels, strict=True))
+        assert samples(data, Fields(labeled=False)) == [(image, None) for image in IMAGES[:2]]
+    found = find_label_column(io.BytesIO(parquet_of(COLUMNS, two)), "x", Fields(label_column="coarse_label"))
+    assert found is not None
+    assert found.names == tuple(CLASSES["names"])
+
+
+@pytest.mark.parametrize("column", ["class_name", "Category", "target", "species", "cls", "y", "superclass"])
+def test_likely_names_of_labels(column: str) -> None:
+    refused(parquet_of({"image": rows_of(IMAGES[:2]), column: [1, 2]}), f"but '{column}' may hold the labels")
+
+
+def test_other_columns_are_no_labels() -> None:
+    data = parquet_of({"image": rows_of(IMAGES[:2]), "caption": ["a", "b"], "width": [1, 2], "score": [1.0, 2.0]})
+    assert [label for _, label in samples(data)] == [None, None]
+    assert list_label_columns(io.BytesIO(data), "x") == ["caption", "width"]
+
+
+def test_columns_that_are_chosen() -> None:
+    two = parquet_of({"left": rows_of(IMAGES[:2]), "right": rows_of(IMAGES[2:4]), "label": [1, 2], "score": [1.0, 2.0]})
+    assert [image for image, _ in samples(two, Fields(image_column="right"))] == IMAGES[2:4]
+    refused(two, r"no column 'mid' \('left', 'right', 'label', 'score'\)\. Correct --image-col", Fields((), "mid"))
+    refused(two, r"no column 'x' \(.*\)\. Correct --label-column", Fields((), "left", "x"))
+    refused(two, r"column 'label' holds int64, not the bytes of images", Fields((), "label"))
+    refused(two, r"column 'score' holds double, neither whole numbers nor text", Fields((), "left", "score"))
+    blob = parquet_of({"blob": IMAGES[:2]})
+    assert [image for image, _ in samples(blob, Fields((), "blob"))] == IMAGES[:2]
+
+
+def test_a_table_of_paths_says_so() -> None:
+    words = r"^x\.parquet: column 'image' holds string, not the bytes of images\. If these are paths, give the folder"
+    refused(parquet_of({"image": ["a.jpg", "b.jpg"]}), words)
+    rows = pa.array([{"bytes": None, "path": f"train/{n}.jpg"} for n in range(3)], IMAGE)
+    with pytest.raises(UserError, match=r"column 'image' holds only paths, such as train/0\.jpg, and not the bytes"):
+        tar_of(parquet_of({"image": rows}))
+
+
+def test_half_a_character_in_the_name_of_a_class_is_refused() -> None:
+    bad = {"_type": "ClassLabel", "names": ["cat", "\ud800"]}
+    with pytest.raises(UserError, match=r"^x is not a parquet file, or is damaged .*surrogates"):
+        class_names(io.BytesIO(parquet_of({"image": rows_of(IMAGES[:1]), "label": [0]}, features(label=bad))), "x")
 
 
 WHOLE = parquet_of({"image": rows_of(IMAGES), "label": [1] * 250}, features(label=CLASSES))

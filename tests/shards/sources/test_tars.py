@@ -420,7 +420,7 @@ def test_damage_in_an_inner_tar_names_it_and_the_outer_offset() -> None:
 
 def grouped(*names: str) -> list[tuple[str, str | None, str | None]]:
     found = group_samples(Member(name, place, 1) for place, name in enumerate(names))
-    return [(key, image and image.name, label and label.name) for key, image, label in found]
+    return [(key, image and image.name, label and label.name) for key, image, label, _ in found]
 
 
 def test_samples_are_consecutive_members_of_one_key() -> None:

@@ -252,3 +252,29 @@ def test_header_that_lies_about_the_size_does_not_explode(size: int) -> None:
         read_member(lambda offset, size: data[offset : offset + size], 0, len(bomb) - 6, size, 0)
     assert tracemalloc.get_traced_memory()[1] < 2 << 20
     tracemalloc.stop()
+
+
+def made_on(system: int, names: list[str]) -> bytes:
+    """A zip archive that another system's program wrote, with these names as they are."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            entry = zipfile.ZipInfo("x")
+            entry.filename, entry.create_system = name, system
+            archive.writestr(entry, b"" if name.endswith("\\") else b"image")
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("system", [0, 10, 11, 14])
+def test_backslashes_of_windows_are_folders(system: int) -> None:
+    names = ["set\\", "set\\cat\\", "set\\cat\\1.jpg", "set/dog\\2.jpg"]
+    assert [member.name for member in listed(made_on(system, names))] == ["set/cat/1.jpg", "set/dog/2.jpg"]
+
+
+def test_backslashes_are_folders_where_no_name_has_a_slash() -> None:
+    assert [member.name for member in listed(made_on(3, ["cat\\", "cat\\1.jpg", "dog\\2.jpg"]))] == [
+        "cat/1.jpg",
+        "dog/2.jpg",
+    ]
+    names = ["cat/back\\slash.jpg", "dog/2.jpg"]
+    assert [member.name for member in listed(made_on(3, names))] == names
