@@ -22,6 +22,7 @@ from shards.argument_types import (
     parse_workers,
 )
 from shards.completion import SHELLS
+from shards.images.reencode import Changes
 from shards.images.rules import ImageRules
 from shards.packing.plan import Options
 from shards.sources.scan import FORMATS
@@ -59,8 +60,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"too many arguments ({list_first(others)}). Put a pattern in quotes, or the shell expands it")
     if arguments.command == "pack" and arguments.name and arguments.split_val:
         parser.error("--name does not go with --split-val, which names the two sets train and val. Leave --name out")
-    if arguments.command == "pack" and arguments.quality and not arguments.max_short_side:
-        parser.error("--quality is for images that --max-short-side re-encodes. Give --max-short-side too")
+    if arguments.command == "pack" and arguments.quality and not (arguments.max_short_side or arguments.upright):
+        parser.error("--quality is for images that --max-short-side or --upright re-encodes. Give one of them too")
     return arguments
 
 
@@ -319,7 +320,13 @@ def _add_packing_options(command: argparse.ArgumentParser) -> None:
         "--quality",
         type=parse_quality,
         metavar="Q",
-        help=f"JPEG quality of re-encoded images, 1 to 100 (default: {Options.quality})",
+        help=f"JPEG quality of re-encoded images, 1 to 100 (default: {Changes.quality})",
+    )
+    group.add_argument(
+        "--upright",
+        action="store_true",
+        help="turn images as their EXIF orientation says, which training ignores: PNG without loss, JPEG and WebP by "
+        "encoding them again as JPEG (default: keep all images as they are stored)",
     )
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from shards import messages
 from shards.errors import UserError
+from shards.images.reencode import Changes
 from shards.images.rules import ImageRules
 from shards.index import ShardIndex, open_records
 from shards.inspect.channels import measure_channels
@@ -174,8 +175,11 @@ def _pack_set(arguments: argparse.Namespace, listing: Listing, out: Folder, name
         shard_size=arguments.shard_size,
         name=name,
         rules=_make_rules(arguments),
-        max_short_side=arguments.max_short_side,
-        quality=arguments.quality or Options.quality,
+        changes=Changes(
+            max_short_side=arguments.max_short_side,
+            quality=arguments.quality or Changes.quality,
+            upright=arguments.upright,
+        ),
     )
     with show_progress("packing") as report:
         engine = _get_engine(arguments.engine)

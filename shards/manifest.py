@@ -5,6 +5,7 @@ import hashlib
 import json
 from typing import Any, Protocol
 
+from shards.counts import Counts
 from shards.errors import UserError
 from shards.layout import FORMAT_VERSION, MANIFEST_FILE, PLAN_FILE
 from shards.manifest_checks import refuse_forged_fields
@@ -73,6 +74,8 @@ class Manifest:
     """number of samples whose bytes are those of an earlier sample"""
     foreign: bool = False
     """True for tars of another program, which ``make-shards index`` described"""
+    counts: Counts = dataclasses.field(default_factory=Counts)
+    """images with something that is worth knowing; absent in the file where there are none"""
     tables: dict[str, str] = dataclasses.field(default_factory=dict)
     """sha256 of the CSV files, by file name"""
     format_version: int = FORMAT_VERSION
@@ -80,7 +83,9 @@ class Manifest:
 
     def to_json(self) -> str:
         """Return the text of ``manifest.json``: the fields, and the ``sha256`` of all of them."""
-        fields = dataclasses.asdict(self)
+        fields = {**dataclasses.asdict(self), "counts": self.counts.to_dict()}
+        if not fields["counts"]:
+            del fields["counts"]  # older programs do not know them
         return json.dumps({**fields, "sha256": _hash_fields(fields)}, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -90,6 +95,7 @@ class Manifest:
         if fields.pop("sha256", None) != _hash_fields(fields):
             raise ValueError("its sha256 does not match its content, so it is damaged or was edited by hand")
         refuse_forged_fields(fields)
+        fields["counts"] = Counts(**fields.get("counts", {}))
         fields["classes"] = tuple(fields["classes"])
         fields["shards"] = tuple(Shard(**shard) for shard in fields["shards"])
         fields["rejected"] = tuple(Rejected(**entry) for entry in fields["rejected"])

@@ -1,8 +1,11 @@
 """What the fields of a manifest may hold. Its sha256 is as easily forged as the rest, so every field is checked."""
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
+
+from shards.counts import Counts
 
 Check = Callable[[Any], bool]
 # Those from DC80 to DCFF stand for bytes of names that are not UTF-8. The others are no text on any system.
@@ -11,7 +14,7 @@ _LONE_SURROGATE = re.compile("[\\ud800-\\udc7f\\udd00-\\udfff]")
 
 def refuse_forged_fields(fields: dict[str, Any]) -> None:
     """Raise ValueError for a manifest with a field that packing never writes."""
-    wrong = _find_wrong_fields(fields, _CHECKS)
+    wrong = _find_wrong_fields({"counts": {}, **fields}, _CHECKS)  # absent where nothing is counted
     if not wrong and sum(shard["samples"] for shard in fields["shards"]) != fields["samples"]:
         wrong = ["samples, shards"]
     if wrong:
@@ -44,6 +47,11 @@ def _are_options(value: Any) -> bool:
         return False
     limits = (value.get(name, 1) for name in ("max_pixels", "image_seconds"))
     return all(type(limit) in (int, float) and 0 < limit <= 1 << 40 for limit in limits)
+
+
+def _are_counts(value: Any) -> bool:
+    names = {field.name for field in dataclasses.fields(Counts)}
+    return isinstance(value, dict) and names >= value.keys() and all(map(_is_count, value.values()))
 
 
 def _are_tables(value: Any) -> bool:
@@ -79,6 +87,7 @@ _CHECKS: dict[str, Check] = {
     "rejected": _make_list_check({"source": _is_text, "reason": _is_text}),
     "duplicates": _is_count,
     "foreign": lambda value: isinstance(value, bool),
+    "counts": _are_counts,
     "tables": _are_tables,
     "format_version": _is_count,
 }

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+from shards.counts import Counts
 from shards.errors import UserError
 from shards.inspect.channels import ChannelStatistics
 from shards.inspect.check import Report
@@ -63,6 +64,7 @@ def describe_shards(manifest: Manifest, out: str) -> Iterator[str]:
         where = os.path.join(out, REJECTED_FILE)
         yield f"{format_count(len(manifest.rejected), 'image')} rejected, listed with the reasons in {where}"
         yield from _list_reasons([(entry.source, entry.reason) for entry in manifest.rejected[: _NAMED + 1]], _NAMED)
+    yield from _describe_counts(manifest.counts)
     if manifest.duplicates:
         where = os.path.join(out, DUPLICATES_FILE)
         images = format_count(manifest.duplicates, "image")
@@ -74,6 +76,15 @@ def _list_reasons(images: Sequence[tuple[str, str]], most: int) -> Iterator[str]
     yield from (f"  {source}: {reason}" for source, reason in images[:most])
     if len(images) > most:
         yield "  …"
+
+
+def _describe_counts(counts: Counts) -> Iterator[str]:
+    """Yield what is worth knowing before training, with the flags of ``make-shards pack`` that change it."""
+    if counts.turned_upright:
+        yield f"{format_count(counts.turned_upright, 'image')} turned upright, as the EXIF orientation says"
+    if counts.turned_in_training:
+        images = format_count(counts.turned_in_training, "image")
+        yield f"{images} with an EXIF orientation, which training ignores. Pack with --upright to turn them"
 
 
 def describe_report(report: Report, folder: str, seconds: float) -> Iterator[str]:

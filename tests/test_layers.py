@@ -47,7 +47,7 @@ ROOMS = {
         ("storage",),
         ("manifest", "record_checks"),
         ("layout", "manifest_checks"),
-        ("errors", "progress", "text", "version"),
+        ("counts", "errors", "progress", "text", "version"),
     ),
 }
 

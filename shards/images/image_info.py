@@ -16,3 +16,5 @@ class ImageInfo(NamedTuple):
     """pixels as stored"""
     width: int
     """pixels as stored"""
+    orientation: int = 1
+    """EXIF orientation, 1 to 8; 1: as stored"""

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from shards.images.exif import AS_STORED, read_orientation
 from shards.images.image_info import ImageInfo, UndecodableError
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -42,18 +43,20 @@ class _Header(NamedTuple):
 def read_png_info(data: bytes) -> ImageInfo:
     """Return the info of a PNG file after a look at all its chunks. Raises UndecodableError and struct.error."""
     header = _read_header(data)
-    kinds = []
+    kinds, orientation = [], AS_STORED
     for kind, start, end in _read_chunks(data):
         if problem := _find_chunk_problem(data, kind, start, end):
             raise UndecodableError(f"damaged PNG: {problem} at byte {start - 8}")
         kinds.append(kind)
+        if kind == b"eXIf":
+            orientation = read_orientation(data[start:end])
     if any(kind in _ANIMATION for kind in kinds):
         raise UndecodableError("animated PNG, which NVIDIA DALI decodes wrongly or crashes on")
     if b"IDAT" not in kinds:
         raise UndecodableError("damaged PNG: no pixels")
     if kinds.count(b"PLTE") > 1 or (header.color == _PALETTE and b"PLTE" not in kinds[: kinds.index(b"IDAT")]):
         raise UndecodableError("damaged PNG: two palettes, or none before the pixels")
-    return ImageInfo("png", header.height, header.width)
+    return ImageInfo("png", header.height, header.width, orientation)
 
 
 def check_rows(data: bytes) -> None:

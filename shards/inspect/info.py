@@ -84,6 +84,11 @@ def _describe_manifest(manifest: Manifest) -> Iterator[str]:
     yield f"ignored     {manifest.ignored:,} files whose names are not those of images"
     kept = f" (kept, listed in {DUPLICATES_FILE})" if manifest.duplicates else ""
     yield f"duplicates  {manifest.duplicates:,}{kept}"
+    counts = manifest.counts
+    if counts.turned_in_training:
+        yield f"EXIF        {counts.turned_in_training:,} images to be turned, which training does not do (--upright)"
+    if counts.turned_upright:
+        yield f"upright     {counts.turned_upright:,} images turned as their EXIF orientation said"
     head = "options     "
     for key, value in sorted(manifest.options.items()):
         yield shorten(f"{head}{key} {'none' if value is None else value}", COLUMNS)

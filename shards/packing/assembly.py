@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from shards.counts import Counts
 from shards.errors import UserError
 from shards.layout import DUPLICATES_FILE, INDEX_FILE, MANIFEST_FILE, RECORD, REJECTED_FILE
 from shards.manifest import Manifest, Rejected, Shard
@@ -76,6 +77,7 @@ def write_index_and_manifest(
         rejected=rejected,
         duplicates=duplicates,
         foreign=foreign,
+        counts=summary.counts,
         tables={file: out.hash_file(file) or "" for file in (DUPLICATES_FILE, REJECTED_FILE)},
     )
     for file in summary.empty:  # DALI's own reader would count a sample in it
@@ -93,11 +95,13 @@ class _Summary:
         self.shards: list[Shard] = []
         self.empty: list[str] = []  # file names of tars without a sample
         self.rejected: list[tuple[int, str, str]] = []
+        self.counts = Counts()
         self._marks: list[np.ndarray] = []
         self._keeps_empty = keeps_empty
 
     def add(self, part: PartialIndex) -> None:
         self.rejected += part.rejected
+        self.counts += part.counts
         if not len(part.records) and not self._keeps_empty:
             self.empty.append(part.file)
             return

@@ -104,7 +104,7 @@ def _write_index(listing: Listing, out: Folder, options: Options, plan: Plan, st
 
     If some could not, and `strict` is set, keep the shards and raise UserError.
     """
-    recorded = {"format": listing.format, **dataclasses.asdict(options), **dataclasses.asdict(options.rules)}
+    recorded = {"format": listing.format, **options.to_dict(), **dataclasses.asdict(options.rules)}
     del recorded["name"], recorded["rules"]
     try:
         return write_index_and_manifest(

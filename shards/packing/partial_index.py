@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shards.counts import Counts
+from shards.images.exif import AS_STORED
 from shards.images.image_info import ImageInfo
 from shards.layout import PARTS_FOLDER, RECORD
 from shards.storage.folders import Folder
@@ -33,6 +35,8 @@ class PartialIndex:
     """[samples]: paths in the source"""
     rejected: Sequence[tuple[int, str, str]]
     """rejected images: position in the source, path in the source, reason"""
+    counts: Counts
+    """what is worth knowing of the images"""
 
     def to_bytes(self) -> bytes:
         """Return a line of JSON, then the arrays."""
@@ -45,6 +49,7 @@ class PartialIndex:
             "arrays_sha256": hashlib.sha256(arrays).hexdigest(),
             "names": list(self.names),
             "rejected": list(self.rejected),
+            "counts": self.counts.to_dict(),
         }
         return json.dumps(head).encode() + b"\n" + arrays
 
@@ -58,7 +63,8 @@ class PartialIndex:
         cut = int(head["samples"]) * RECORD.itemsize
         records, digests = np.frombuffer(arrays[:cut], RECORD), np.frombuffer(arrays[cut:], DIGEST)
         rejected = [(int(place), str(name), str(reason)) for place, name, reason in head["rejected"]]
-        return cls(head["file"], head["sha256"], head["length"], records, digests, head["names"], rejected)
+        counts = Counts(**head["counts"])
+        return cls(head["file"], head["sha256"], head["length"], records, digests, head["names"], rejected, counts)
 
 
 class PartialIndexBuilder:
@@ -69,6 +75,7 @@ class PartialIndexBuilder:
         self._digests: list[bytes] = []
         self._names: list[str] = []
         self._rejected: list[tuple[int, str, str]] = []
+        self._counts = Counts()
 
     def add_sample(self, name: str, data: bytes, info: ImageInfo, offset: int, label: int) -> None:
         """Add a sample whose payload `data` lies at `offset` of the tar.
@@ -78,6 +85,12 @@ class PartialIndexBuilder:
         self._records.append((0, offset, len(data), info.height, info.width, label, zlib.crc32(data)))
         self._digests.append(hashlib.sha256(data).digest()[: DIGEST.itemsize])
         self._names.append(name)
+        self.count(Counts(turned_in_training=int(info.orientation != AS_STORED)))
+
+    def count(self, counts: Counts) -> None:
+        """Add what is worth knowing of a sample besides its own info."""
+        if counts != Counts():
+            self._counts += counts
 
     def add_rejected(self, place: int, name: str, reason: str) -> None:
         """Add an image that was not packed."""
@@ -86,7 +99,7 @@ class PartialIndexBuilder:
     def finish(self, file: str, sha256: str, length: int) -> PartialIndex:
         """Return the partial index of the finished tar."""
         records, digests = np.array(self._records, RECORD), np.frombuffer(b"".join(self._digests), DIGEST)
-        return PartialIndex(file, sha256, length, records, digests, self._names, self._rejected)
+        return PartialIndex(file, sha256, length, records, digests, self._names, self._rejected, self._counts)
 
 
 def make_part_name(number: int) -> str:

@@ -4,10 +4,12 @@ import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from shards.errors import UserError
+from shards.images.reencode import Changes
 from shards.images.rules import ImageRules
 from shards.layout import BLOCK, FORMAT_VERSION, MAX_SHARDS, TAR_END, UNLABELED, count_member_bytes
 from shards.sources.listing import Listing
@@ -26,10 +28,20 @@ class Options:
     """prefix of the tars"""
     rules: ImageRules = field(default_factory=ImageRules)
     """which images become samples"""
-    max_short_side: int | None = None
-    """pixels; images with a longer short side are re-encoded; None: no image is"""
-    quality: int = 92
-    """JPEG quality of re-encoded images, 1 to 100"""
+    changes: Changes = field(default_factory=Changes)
+    """what is changed in images"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as plain data, changes among the others.
+
+        Changes that came after version 0.2.0 are there only where they are asked for, so that the fingerprints of
+        earlier packings stay what they are.
+        """
+        options = dataclasses.asdict(self)
+        for name, value in options.pop("changes").items():
+            if name in ("max_short_side", "quality") or value != getattr(Changes, name):
+                options[name] = value
+        return options
 
 
 @dataclass(frozen=True)
@@ -77,7 +89,7 @@ def _count_tar_bytes(listing: Listing) -> np.ndarray:
 
 
 def _compute_fingerprint(listing: Listing, options: Options) -> str:
-    head = [FORMAT_VERSION, listing.classes, dataclasses.asdict(options)]
+    head = [FORMAT_VERSION, listing.classes, options.to_dict()]
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for column in (listing.rows["length"], listing.sizes, listing.labels):
         digest.update(np.ascontiguousarray(column).data)

@@ -3,11 +3,12 @@
 import hashlib
 from typing import BinaryIO, NamedTuple
 
+from shards.counts import Counts
 from shards.errors import UserError
 from shards.images.cpu_time import limit_cpu_time
 from shards.images.decode import read_info
 from shards.images.image_info import ImageInfo, UndecodableError
-from shards.images.reencode import shrink
+from shards.images.reencode import change_image
 from shards.layout import TAR_END, UNLABELED, make_padding, make_sample_key, make_shard_name, make_tar_header
 from shards.packing.partial_index import PartialIndex, PartialIndexBuilder, load_partial_index, store_partial_index
 from shards.packing.plan import Options
@@ -79,13 +80,14 @@ class _ShardWriter:
         """Append a sample, or note why the image is rejected."""
         try:
             self._options.rules.refuse_unread(source.size, timed_out=timed_out)
-            data, info = _read_and_validate(source, self._options)
+            data, info, counts = _read_and_change(source, self._options)
         except (UndecodableError, DamagedError) as reason:
             self._builder.add_rejected(place, source.name, str(reason))
         except MemoryError:
             raise UserError(f"not enough memory to decode {source.name}. Use a smaller --workers.") from None
         else:
             self._append(make_sample_key(place, source.name), source, data, info)
+            self._builder.count(counts)
 
     def finish(self) -> PartialIndex:
         """Write the end of the tar. The caller closes the file."""
@@ -107,12 +109,16 @@ class _ShardWriter:
         self._position += len(data)
 
 
-def _read_and_validate(source: ImageSource, options: Options) -> tuple[bytes, ImageInfo]:
-    """Return the bytes to pack and their info. Raises UndecodableError or DamagedError with the reason why not."""
-    data = read_image(source)
-    info = options.rules.validate(data)
-    if options.max_short_side is None or min(info.height, info.width) <= options.max_short_side:
-        return data, info
+def _read_and_change(source: ImageSource, options: Options) -> tuple[bytes, ImageInfo, Counts]:
+    """Return the bytes to pack, their info, and what is to be counted of the changes.
+
+    Raises UndecodableError or DamagedError with the reason why not.
+    """
+    original = read_image(source)
+    before = options.rules.validate(original)
     with limit_cpu_time(options.rules.image_seconds):
-        data = shrink(data, info, options.max_short_side, options.quality)
-    return data, read_info(data, options.rules.max_pixels)
+        data = change_image(original, before, options.changes)
+    if data is original:
+        return data, before, Counts()
+    info = read_info(data, options.rules.max_pixels)
+    return data, info, Counts(turned_upright=int(info.orientation != before.orientation))

@@ -284,7 +284,7 @@ REFUSED = {
     "pack set/train OUT --subset-classes csv/empty": "--subset-classes 'csv/empty' has no class names. Give names",
     "pack set/train/cat OUT --subset-classes cat": "'cat' is not a class of set/train/cat (it has no labels)",
     # ---- re-encoding
-    "pack set/train OUT --quality 90": "images that --max-short-side re-encodes. Give --max-short-side too",
+    "pack set/train OUT --quality 90": "images that --max-short-side or --upright re-encodes. Give one of them too",
     "pack set/train OUT --quality 0 --max-short-side 64": "argument --quality: '0' is not a JPEG quality. Give a",
     "pack set/train OUT --max-short-side 1": "argument --max-short-side: '1' is not a number of pixels. Give a whole",
     # ---- other sets' classes

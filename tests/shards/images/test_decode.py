@@ -103,7 +103,7 @@ def claiming(extension: str, width: int, height: int) -> bytes:
 @pytest.mark.parametrize("name", [name for name in FILES if name != "moving.png"])
 def test_a_whole_file_has_the_extension_of_its_bytes_and_the_size_of_its_first_image(judge, name: str):
     size = (2, 3) if name.startswith("tiny") else (45, 61)
-    assert judge(FILES[name]) == ImageInfo(name.rpartition(".")[2], *size)
+    assert judge(FILES[name])[:3] == (name.rpartition(".")[2], *size)
 
 
 @JUDGES

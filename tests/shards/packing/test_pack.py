@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from shards.errors import UserError
+from shards.images.reencode import Changes
 from shards.images.rules import ImageRules
 from shards.index import ShardIndex
 from shards.layout import RECORD
@@ -240,7 +241,7 @@ def test_images_beyond_the_pixel_limit_are_rejected(tree: Path, tmp_path: Path) 
 
 
 def test_large_images_are_re_encoded_when_told(tree: Path, packed: Path, tmp_path: Path) -> None:
-    manifest = pack_tree(tree, tmp_path / "out", Options(max_short_side=22, quality=80)).manifest
+    manifest = pack_tree(tree, tmp_path / "out", Options(changes=Changes(max_short_side=22, quality=80))).manifest
     assert (manifest.options["max_short_side"], manifest.options["quality"]) == (22, 80)
     index, untouched = ShardIndex(tmp_path / "out"), ShardIndex(packed)
     assert int(np.minimum(index.heights, index.widths).max()) == 22

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shards.errors import UserError
+from shards.images.reencode import Changes
 from shards.images.rules import ImageRules
 from shards.layout import TAR_END, count_member_bytes
 from shards.packing import plan as plan_module
@@ -73,11 +74,25 @@ def test_fingerprint_tells_every_difference() -> None:
         listing_of(base, 11, classes=("b",) * 12),
     ]
     others = [Options(seed=1), Options(shard_size=9999), Options(name="val"), Options(rules=ImageRules(check="header"))]
-    others += [Options(rules=ImageRules(max_pixels=9)), Options(max_short_side=512), Options(quality=91)]
+    others += [Options(rules=ImageRules(max_pixels=9)), Options(changes=Changes(max_short_side=512))]
+    others += [Options(changes=Changes(quality=91)), Options(changes=Changes(upright=True))]
     prints = [make_plan(listing, options).fingerprint for listing in listings]
     prints += [make_plan(listings[0], other).fingerprint for other in others]
     assert len(set(prints)) == len(prints)
     assert make_plan(listing_of(base, 11), options).fingerprint == prints[0]
+
+
+def test_the_fingerprint_is_pinned() -> None:
+    """A folder that an older program packed is known again: these hashes may never change."""
+    plain, small = (
+        make_plan(listing_of([5, 6, 7], 11), options).fingerprint
+        for options in (
+            Options(),
+            Options(changes=Changes(max_short_side=512, quality=80)),
+        )
+    )
+    assert plain == "0e9a0c42d02b51b96d9ba6c2cd64ecb0ca16a970af5ee587dfd2cd175e3a0f20"
+    assert small == "d49fa76674576f05aadb160077a0257a941b4ddbd694472c2d39876d12dc8bf4"
 
 
 def test_more_shards_than_names_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
