@@ -60,9 +60,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"too many arguments ({list_first(others)}). Put a pattern in quotes, or the shell expands it")
     if arguments.command == "pack" and arguments.name and arguments.split_val:
         parser.error("--name does not go with --split-val, which names the two sets train and val. Leave --name out")
-    if arguments.command == "pack" and arguments.quality and not (arguments.max_short_side or arguments.upright):
-        parser.error("--quality is for images that --max-short-side or --upright re-encodes. Give one of them too")
+    if arguments.command == "pack" and arguments.quality:
+        _refuse_unused_quality(parser, arguments)
     return arguments
+
+
+def _refuse_unused_quality(parser: Parser, arguments: argparse.Namespace) -> None:
+    if not (arguments.max_short_side or arguments.upright or arguments.convert == "jpeg"):
+        parser.error("--quality is for images that --max-short-side, --upright or --convert jpeg encodes. Give one")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -321,6 +326,12 @@ def _add_packing_options(command: argparse.ArgumentParser) -> None:
         type=parse_quality,
         metavar="Q",
         help=f"JPEG quality of re-encoded images, 1 to 100 (default: {Changes.quality})",
+    )
+    group.add_argument(
+        "--convert",
+        choices=("png", "jpeg"),
+        help="include TIFF, BMP, GIF (its first frame), AVIF, HEIF, JPEG 2000 and JPEG XL, as far as Pillow and its "
+        "plugins read them: as PNG without loss, or as JPEG of --quality (default: reject them)",
     )
     group.add_argument(
         "--upright",

@@ -11,6 +11,8 @@ class Counts:
     """packed images that are to be turned by their EXIF orientation, which training does not do"""
     turned_upright: int = 0
     """images that ``--upright`` turned"""
+    converted: int = 0
+    """images that ``--convert`` made of other types"""
 
     def __add__(self, other: "Counts") -> "Counts":
         mine, theirs = dataclasses.asdict(self), dataclasses.asdict(other)

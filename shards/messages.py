@@ -80,6 +80,8 @@ def _list_reasons(images: Sequence[tuple[str, str]], most: int) -> Iterator[str]
 
 def _describe_counts(counts: Counts) -> Iterator[str]:
     """Yield what is worth knowing before training, with the flags of ``make-shards pack`` that change it."""
+    if counts.converted:
+        yield f"{format_count(counts.converted, 'image')} of other types converted"
     if counts.turned_upright:
         yield f"{format_count(counts.turned_upright, 'image')} turned upright, as the EXIF orientation says"
     if counts.turned_in_training:

@@ -6,17 +6,16 @@ warnings, and NVIDIA DALI goes on in the same way to the same pixels. A file tha
 rejected.
 """
 
-import contextlib
 import io
 import struct
-import threading
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from PIL import Image, ImageFile, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
 from shards.images.image_info import ImageInfo, UndecodableError
 from shards.images.jpeg import read_jpeg_info
+from shards.images.other_types import find_other_type
+from shards.images.pillow_limits import pillow_limits_off
 from shards.images.png import MAGIC, check_rows, read_png_info
 from shards.images.webp import read_webp_info
 from shards.layout import MAX_IMAGE_BYTES, MAX_SIDE
@@ -29,17 +28,6 @@ _PLUGINS: dict[str, Callable[[io.BytesIO], ImageFile.ImageFile]] = {
     "png": PngImagePlugin.PngImageFile,
     "webp": WebPImagePlugin.WebPImageFile,
 }
-# The first bytes of other types → their names
-_OTHER_TYPES = {
-    b"GIF8": "GIF",
-    b"BM": "BMP",
-    b"II*\0": "TIFF",
-    b"MM\0*": "TIFF",
-    b"\0\0\0\x0cjP  ": "JPEG 2000",
-    b"\0\0\0\x0cJXL ": "JPEG XL",
-    b"\xff\x0a": "JPEG XL",
-}
-_opening = threading.Lock()
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
@@ -66,14 +54,17 @@ def read_info(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
         info = _read_header(data)
     except (IndexError, struct.error):
         raise UndecodableError("the file ends too early") from None
-    size = f"{info.width} x {info.height} pixels"
-    if not 0 < info.height <= MAX_SIDE or not 0 < info.width <= MAX_SIDE:
-        raise UndecodableError(f"{size}; each side must be 1 to {MAX_SIDE}")
-    if info.height * info.width > max_pixels:
-        raise UndecodableError(
-            f"{size}, {info.height * info.width} in total, more than the {max_pixels} of --max-pixels"
-        )
+    refuse_size(info.height, info.width, max_pixels)
     return info
+
+
+def refuse_size(height: int, width: int, max_pixels: int) -> None:
+    """Raise UndecodableError for an image that has too many pixels, or a side that is none or too long."""
+    size = f"{width} x {height} pixels"
+    if not 0 < height <= MAX_SIDE or not 0 < width <= MAX_SIDE:
+        raise UndecodableError(f"{size}; each side must be 1 to {MAX_SIDE}")
+    if height * width > max_pixels:
+        raise UndecodableError(f"{size}, {height * width} in total, more than the {max_pixels} of --max-pixels")
 
 
 def load(data: bytes, info: ImageInfo, *, at_an_eighth: bool = False) -> Image.Image:
@@ -82,7 +73,7 @@ def load(data: bytes, info: ImageInfo, *, at_an_eighth: bool = False) -> Image.I
     A JPEG is reduced to an eighth of its size where `at_an_eighth`. Raises UndecodableError, MemoryError.
     """
     try:
-        with _pillow_limits_off():
+        with pillow_limits_off():
             image = _PLUGINS[info.extension](io.BytesIO(data))
         if at_an_eighth and info.extension == "jpg":
             image.draft(None, (1, 1))  # Pillow takes the smallest of libjpeg's scales, 1/8
@@ -106,23 +97,6 @@ def _read_header(data: bytes) -> ImageInfo:
         return read_png_info(data)
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return read_webp_info(data)
-    kind = "AVIF or HEIF" if data[4:8] == b"ftyp" else None
-    kind = next((name for magic, name in _OTHER_TYPES.items() if data.startswith(magic)), kind)
-    if kind:
-        raise UndecodableError(f"{kind} image; shards hold JPEG, PNG and WebP")
+    if kind := find_other_type(data):
+        raise UndecodableError(f"{kind} image; shards hold JPEG, PNG and WebP. Pack with --convert to include it")
     raise UndecodableError("not a JPEG, PNG or WebP image, or its first bytes are damaged")
-
-
-@contextlib.contextmanager
-def _pillow_limits_off() -> Iterator[None]:
-    """Switch off Pillow's limit of pixels, for which `max_pixels` stands here, and its warnings.
-
-    Both are settings of the process. They are restored afterwards, and one thread at a time changes them.
-    """
-    with _opening, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about odd metadata: an image decodes, or has a reason why not
-        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-        try:
-            yield
-        finally:
-            Image.MAX_IMAGE_PIXELS = limit

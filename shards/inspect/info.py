@@ -85,6 +85,8 @@ def _describe_manifest(manifest: Manifest) -> Iterator[str]:
     kept = f" (kept, listed in {DUPLICATES_FILE})" if manifest.duplicates else ""
     yield f"duplicates  {manifest.duplicates:,}{kept}"
     counts = manifest.counts
+    if counts.converted:
+        yield f"converted   {counts.converted:,} images of other types than JPEG, PNG and WebP"
     if counts.turned_in_training:
         yield f"EXIF        {counts.turned_in_training:,} images to be turned, which training does not do (--upright)"
     if counts.turned_upright:

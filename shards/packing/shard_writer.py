@@ -8,7 +8,8 @@ from shards.errors import UserError
 from shards.images.cpu_time import limit_cpu_time
 from shards.images.decode import read_info
 from shards.images.image_info import ImageInfo, UndecodableError
-from shards.images.reencode import change_image
+from shards.images.other_types import find_other_type
+from shards.images.reencode import change_image, convert_image
 from shards.layout import TAR_END, UNLABELED, make_padding, make_sample_key, make_shard_name, make_tar_header
 from shards.packing.partial_index import PartialIndex, PartialIndexBuilder, load_partial_index, store_partial_index
 from shards.packing.plan import Options
@@ -114,11 +115,13 @@ def _read_and_change(source: ImageSource, options: Options) -> tuple[bytes, Imag
 
     Raises UndecodableError or DamagedError with the reason why not.
     """
-    original = read_image(source)
-    before = options.rules.validate(original)
-    with limit_cpu_time(options.rules.image_seconds):
-        data = change_image(original, before, options.changes)
-    if data is original:
-        return data, before, Counts()
-    info = read_info(data, options.rules.max_pixels)
-    return data, info, Counts(turned_upright=int(info.orientation != before.orientation))
+    original, changes, rules = read_image(source), options.changes, options.rules
+    kind = find_other_type(original) if changes.convert else None
+    if kind is not None:
+        with limit_cpu_time(rules.image_seconds):
+            data, counts = convert_image(original, kind, changes, rules.max_pixels)
+        return data, read_info(data, rules.max_pixels), counts
+    info = rules.validate(original)
+    with limit_cpu_time(rules.image_seconds):
+        data, counts = change_image(original, info, changes)
+    return data, info if data is original else read_info(data, rules.max_pixels), counts

@@ -231,7 +231,7 @@ REFUSED = {
     "pack nowhere OUT": "nowhere: no such folder or file. Give the folder, archive or URL that holds the images as",
     "pack nowhere/*.tar OUT": "nowhere/*.tar: no such folder or file",
     "pack notes OUT": "notes: no images",
-    "pack heic OUT": "heic: none of 1 images can be decoded (1.HEIC: AVIF or HEIF image; shards hold JPEG, PNG and",
+    "pack heic OUT": "heic: none of 1 images can be decoded (1.HEIC: HEIF image; shards hold JPEG, PNG and",
     "pack broken OUT": "broken: none of 2 images can be decoded (a/1.jpg: not a JPEG, PNG or WebP image, or its first",
     "pack pipe OUT": "pipe is neither a folder nor a file",
     "pack '' OUT": "argument SRC: the path is empty. Perhaps a shell variable is not set.",
@@ -284,7 +284,7 @@ REFUSED = {
     "pack set/train OUT --subset-classes csv/empty": "--subset-classes 'csv/empty' has no class names. Give names",
     "pack set/train/cat OUT --subset-classes cat": "'cat' is not a class of set/train/cat (it has no labels)",
     # ---- re-encoding
-    "pack set/train OUT --quality 90": "images that --max-short-side or --upright re-encodes. Give one of them too",
+    "pack set/train OUT --quality 90": "images that --max-short-side, --upright or --convert jpeg encodes. Give one",
     "pack set/train OUT --quality 0 --max-short-side 64": "argument --quality: '0' is not a JPEG quality. Give a",
     "pack set/train OUT --max-short-side 1": "argument --max-short-side: '1' is not a number of pixels. Give a whole",
     # ---- other sets' classes
@@ -481,7 +481,7 @@ def test_extensions_of_any_case_and_of_other_formats(tmp_path: Path, capsys: pyt
     assert lines[0].endswith("src: 10 images (format folders), 2 classes (a, b), 1 other file ignored")
     assert lines[1].endswith("out: 6 images, 2 classes, 1 shard, 15,872 bytes")
     assert lines[2].startswith("4 images rejected, listed with the reasons in ")
-    assert lines[3] == "  a/1.Gif: GIF image; shards hold JPEG, PNG and WebP"
+    assert lines[3] == "  a/1.Gif: GIF image; shards hold JPEG, PNG and WebP. Pack with --convert to include it"
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as tar:
         kinds = Counter(name.rpartition(".")[2] for name in tar.getnames())
     assert kinds == {"jpg": 4, "png": 1, "webp": 1, "cls": 6}

@@ -233,11 +233,17 @@ def test_dali_refuses_what_pillow_forgives():
         (without(b"IDAT", PNG), "no pixels"),
         (with_ihdr(bits=3), "3 bits in color type 2"),
         (b"RIFF\x10\0\0\0WEBPVP8 \x04\0\0\0abcd", "WebP file of less than 32 bytes"),
-        (encode(photo(), "GIF"), "GIF image; shards hold JPEG, PNG and WebP"),
-        (encode(photo(), "BMP"), "BMP image; shards hold JPEG, PNG and WebP"),
-        (encode(photo(), "TIFF"), "TIFF image; shards hold JPEG, PNG and WebP"),
-        (encode(photo(), "JPEG2000"), "JPEG 2000 image; shards hold JPEG, PNG and WebP"),
-        (b"\0\0\0\x20ftypheic" + bytes(40), "AVIF or HEIF image; shards hold JPEG, PNG and WebP"),
+        (encode(photo(), "GIF"), "GIF image; shards hold JPEG, PNG and WebP. Pack with --convert"),
+        (encode(photo(), "BMP"), "BMP image; shards hold JPEG, PNG and WebP. Pack with --convert"),
+        (encode(photo(), "TIFF"), "TIFF image; shards hold JPEG, PNG and WebP. Pack with --convert"),
+        (
+            encode(photo(), "JPEG2000"),
+            "JPEG 2000 image; shards hold JPEG, PNG and WebP. Pack with --convert",
+        ),
+        (
+            b"\0\0\0\x20ftypheic" + bytes(40),
+            "HEIF image; shards hold JPEG, PNG and WebP. Pack with --convert",
+        ),
         (b"<html>", "not a JPEG, PNG or WebP image"),
     ],
 )

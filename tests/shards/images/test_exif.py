@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 from pipelines.decode_torch import decode as decode_for_training
 from shards.__main__ import main
+from shards.counts import Counts
 from shards.images.decode import decode, read_info
 from shards.images.exif import make_exif, read_orientation
 from shards.images.reencode import Changes, change_image
@@ -89,7 +90,8 @@ def test_a_png_is_turned_without_loss(name: str, orientation: int) -> None:
     data = with_exif(FILES[name], orientation)
     info = read_info(data)
     assert info.orientation == orientation
-    turned = change_image(data, info, Changes(upright=True))
+    turned, counts = change_image(data, info, Changes(upright=True))
+    assert counts == Counts(turned_upright=1)
     expected = shown(encode(Image.fromarray(seen(FILES[name])), "PNG", exif=exif_of(orientation)))
     assert np.array_equal(seen(turned), expected)
     assert decode(turned)[:4] == ("png", *expected.shape[:2], 1)
@@ -98,7 +100,7 @@ def test_a_png_is_turned_without_loss(name: str, orientation: int) -> None:
 def test_sixteen_bits_keep_their_low_byte_when_they_are_turned() -> None:
     levels = np.arange(45 * 61, dtype=np.uint16).reshape(45, 61) * 20
     data = with_exif(encode(Image.fromarray(levels), "PNG"), 6)
-    with Image.open(io.BytesIO(change_image(data, read_info(data), Changes(upright=True)))) as image:
+    with Image.open(io.BytesIO(change_image(data, read_info(data), Changes(upright=True))[0])) as image:
         assert image.mode == "I;16"
         assert np.array_equal(np.asarray(image), np.rot90(levels, -1))
 
@@ -107,7 +109,7 @@ def test_sixteen_bits_keep_their_low_byte_when_they_are_turned() -> None:
 @pytest.mark.parametrize("format", ["JPEG", "WEBP"])
 def test_jpeg_and_webp_become_jpeg_of_the_asked_quality(format: str, orientation: int) -> None:
     data = encode(photo(), format, exif=exif_of(orientation))
-    turned = change_image(data, read_info(data), Changes(quality=95, upright=True))
+    turned = change_image(data, read_info(data), Changes(quality=95, upright=True))[0]
     assert decode(turned)[:4] == ("jpg", *shown(data).shape[:2], 1)
     assert np.abs(seen(turned).astype(int) - shown(data)).mean() < 6
     with Image.open(io.BytesIO(turned)) as image, Image.open(io.BytesIO(encode(photo(), "JPEG", quality=95))) as like:
@@ -118,14 +120,14 @@ def test_jpeg_and_webp_become_jpeg_of_the_asked_quality(format: str, orientation
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_is_as_stored_keeps_its_bytes(format: str) -> None:
     for data in (encode(photo(), format), encode(photo(), format, exif=exif_of(1))):
-        assert change_image(data, read_info(data), Changes(upright=True)) is data
+        assert change_image(data, read_info(data), Changes(upright=True))[0] is data
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS[1:])
 def test_a_smaller_image_keeps_the_tag_or_is_turned(orientation: int) -> None:
     data = encode(photo(), "JPEG", exif=exif_of(orientation), quality=95)
     for upright in (False, True):
-        small = change_image(data, read_info(data), Changes(20, 95, upright))
+        small = change_image(data, read_info(data), Changes(20, 95, upright))[0]
         info = decode(small)
         assert min(info[1:3]) == 20
         assert info.orientation == (1 if upright else orientation)

@@ -23,7 +23,7 @@ GREY = {"gray.jpg", "gray.png", "gray16.png", "gray alpha.png", "two levels.png"
 
 
 def shrunk(data: bytes, short_side: int, quality: int = 90) -> bytes:
-    return change_image(data, read_info(data), Changes(short_side, quality))
+    return change_image(data, read_info(data), Changes(short_side, quality))[0]
 
 
 def markers(data: bytes) -> list[int]:

@@ -87,7 +87,7 @@ def pack_mutants(count: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> t
         assert check(out, 1).problems == ()
         index = ShardIndex(out)
         for data, height, width in zip(index.read(range(len(index))), index.heights, index.widths, strict=True):
-            assert decode(data)[1:] == (height, width)
+            assert decode(data)[1:3] == (height, width)
     return count - refused, refused
 
 
