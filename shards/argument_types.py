@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import NoReturn
 
+from shards.images.gray16 import MOST, Gray16
 from shards.text import escape_unprintable
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -79,6 +80,20 @@ def parse_extensions(text: str) -> tuple[str, ...]:
     if not all(extensions) or "/" in text:
         raise argparse.ArgumentTypeError(f"{text!r} has no extension. Write it like image.jpg or jpg,png")
     return extensions
+
+
+def parse_gray16(text: str) -> Gray16:
+    """Return the rule in text such as "stretch" or "window 0 4095"."""
+    rule, *numbers = text.split()
+    if not numbers and rule in ("high-byte", "stretch"):
+        return Gray16(rule)  # type: ignore[arg-type]  # one of the two
+    if rule == "window" and len(numbers) == 2:
+        low, high = (_parse_integer(number, 0, MOST, "a value of 16 bits") for number in numbers)
+        if low < high:
+            return Gray16("window", low, high)
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is not a rule. Give high-byte, stretch, or window LOW HIGH with LOW below HIGH"
+    )
 
 
 def parse_prefix(text: str) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -11,6 +12,7 @@ from shards.argument_types import (
     parse_count,
     parse_extensions,
     parse_fraction,
+    parse_gray16,
     parse_path,
     parse_png_path,
     parse_prefix,
@@ -22,6 +24,7 @@ from shards.argument_types import (
     parse_workers,
 )
 from shards.completion import SHELLS
+from shards.images.gray16 import HIGH_BYTE
 from shards.images.reencode import Changes
 from shards.images.rules import ImageRules
 from shards.packing.plan import Options
@@ -52,7 +55,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     A wrong call prints one line and exits with status 2.
     """
     parser = build_parser()
-    arguments, others = parser.parse_known_args(argv)
+    arguments, others = parser.parse_known_args(_join_window(sys.argv[1:] if argv is None else argv))
     parser = arguments.parser
     if others and others[0].startswith("-"):
         parser.error(f"unknown option {others[0]}")
@@ -63,6 +66,14 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.command == "pack" and arguments.quality:
         _refuse_unused_quality(parser, arguments)
     return arguments
+
+
+def _join_window(argv: Sequence[str]) -> list[str]:
+    """Return the arguments with ``--gray16 window LOW HIGH`` as one value, which argparse can tell from SRC and OUT."""
+    for place in range(len(argv) - 3):
+        if list(argv[place : place + 2]) == ["--gray16", "window"]:
+            return [*argv[: place + 1], " ".join(argv[place + 1 : place + 4]), *argv[place + 4 :]]
+    return list(argv)
 
 
 def _refuse_unused_quality(parser: Parser, arguments: argparse.Namespace) -> None:
@@ -326,6 +337,14 @@ def _add_packing_options(command: argparse.ArgumentParser) -> None:
         type=parse_quality,
         metavar="Q",
         help=f"JPEG quality of re-encoded images, 1 to 100 (default: {Changes.quality})",
+    )
+    group.add_argument(
+        "--gray16",
+        type=parse_gray16,
+        default=HIGH_BYTE,
+        metavar="RULE",
+        help="how 16-bit grayscale becomes 8-bit. high-byte: training keeps the high byte; stretch: from the least to "
+        "the largest value of each image; window LOW HIGH: from LOW to HIGH, for all images (default: %(default)s)",
     )
     group.add_argument(
         "--convert",

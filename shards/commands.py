@@ -179,6 +179,7 @@ def _pack_set(arguments: argparse.Namespace, listing: Listing, out: Folder, name
             max_short_side=arguments.max_short_side,
             quality=arguments.quality or Changes.quality,
             upright=arguments.upright,
+            gray16=arguments.gray16,
             convert=arguments.convert,
         ),
     )

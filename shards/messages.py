@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from shards.counts import Counts
 from shards.errors import UserError
+from shards.images.gray16 import MOST
 from shards.inspect.channels import ChannelStatistics
 from shards.inspect.check import Report
 from shards.layout import DUPLICATES_FILE, REJECTED_FILE, UNLABELED
@@ -84,9 +85,21 @@ def _describe_counts(counts: Counts) -> Iterator[str]:
         yield f"{format_count(counts.converted, 'image')} of other types converted"
     if counts.turned_upright:
         yield f"{format_count(counts.turned_upright, 'image')} turned upright, as the EXIF orientation says"
+    if counts.gray16_scaled:
+        images = format_count(counts.gray16_scaled, "image")
+        yield f"{images} of 16-bit grayscale made 8-bit{_describe_largest(counts)}"
+    if counts.gray16:
+        images = format_count(counts.gray16, "image")
+        yield f"{images} of 16-bit grayscale{_describe_largest(counts)}. Of these the high byte is kept"
+        if 0 < counts.gray16_largest < MOST / 4:
+            yield "They are nearly black in training. Pack with --gray16 stretch, or with --gray16 window LOW HIGH"
     if counts.turned_in_training:
         images = format_count(counts.turned_in_training, "image")
         yield f"{images} with an EXIF orientation, which training ignores. Pack with --upright to turn them"
+
+
+def _describe_largest(counts: Counts) -> str:
+    return f", largest value {counts.gray16_largest:,} of {MOST:,}" if counts.gray16_largest else ""
 
 
 def describe_report(report: Report, folder: str, seconds: float) -> Iterator[str]:

@@ -38,10 +38,15 @@ def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:
     anything is decoded. A MemoryError is not the file's fault.
     """
     info = read_info(data, max_pixels)
-    load(data, info, at_an_eighth=True)
+    image = load(data, info, at_an_eighth=True)
     if info.extension == "png":
         check_rows(data)
-    return info
+    return info._replace(largest=find_largest(image)) if info.gray16 else info
+
+
+def find_largest(image: Image.Image) -> int:
+    """Return the largest value of a grayscale image."""
+    return int(image.getextrema()[1])  # type: ignore[arg-type]  # more than one band has a pair for each
 
 
 def read_info(data: bytes, max_pixels: int = MAX_PIXELS) -> ImageInfo:

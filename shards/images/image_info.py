@@ -18,3 +18,7 @@ class ImageInfo(NamedTuple):
     """pixels as stored"""
     orientation: int = 1
     """EXIF orientation, 1 to 8; 1: as stored"""
+    gray16: bool = False
+    """whether it is 16-bit grayscale, without transparency"""
+    largest: int = 0
+    """largest value of 16-bit grayscale that was decoded"""

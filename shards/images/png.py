@@ -10,9 +10,10 @@ from shards.images.image_info import ImageInfo, UndecodableError
 
 MAGIC = b"\x89PNG\r\n\x1a\n"
 _HEADER_END = 33
-_PALETTE = 3  # a color type
-_BITS = {0: (1, 2, 4, 8, 16), 2: (8, 16), _PALETTE: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # per channel, by color type
-_CHANNELS = {0: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}
+_GRAY, _PALETTE = 0, 3  # color types
+# Bits per channel, by color type
+_BITS = {_GRAY: (1, 2, 4, 8, 16), 2: (8, 16), _PALETTE: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}
+_CHANNELS = {_GRAY: 1, 2: 3, _PALETTE: 1, 4: 2, 6: 4}
 _CRITICAL = (b"PLTE", b"IDAT", b"IEND")
 _ANIMATION = (b"acTL", b"fcTL", b"fdAT")
 _MAX_CHUNK = 8_000_000 - 12  # bytes: libpng's limit for all but pixels
@@ -56,7 +57,8 @@ def read_png_info(data: bytes) -> ImageInfo:
         raise UndecodableError("damaged PNG: no pixels")
     if kinds.count(b"PLTE") > 1 or (header.color == _PALETTE and b"PLTE" not in kinds[: kinds.index(b"IDAT")]):
         raise UndecodableError("damaged PNG: two palettes, or none before the pixels")
-    return ImageInfo("png", header.height, header.width, orientation)
+    is_gray16 = header.color == _GRAY and header.bits == 16
+    return ImageInfo("png", header.height, header.width, orientation, is_gray16)
 
 
 def check_rows(data: bytes) -> None:

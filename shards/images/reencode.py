@@ -1,4 +1,4 @@
-"""Change images while they are packed, for `make-shards pack` with --max-short-side, --upright and --convert."""
+"""Change images while they are packed: `make-shards pack` with --max-short-side, --upright, --gray16 or --convert."""
 
 import io
 from dataclasses import dataclass
@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 
 from shards.counts import Counts
-from shards.images.decode import load, refuse_size
+from shards.images.decode import find_largest, load, refuse_size
 from shards.images.exif import AS_STORED, TURNS, make_exif, read_orientation
+from shards.images.gray16 import HIGH_BYTE, Gray16, scale_to_8_bits
 from shards.images.image_info import ImageInfo
 from shards.images.other_types import load_other_type, open_other_type
 
@@ -25,6 +26,8 @@ class Changes:
     """JPEG quality of re-encoded images, 1 to 100"""
     upright: bool = False
     """whether images are turned as their EXIF orientation says"""
+    gray16: Gray16 = HIGH_BYTE
+    """how 16-bit grayscale becomes 8-bit"""
     convert: str | None = None
     """"png" or "jpeg": what images of other types than JPEG, PNG and WebP become; None: they are rejected"""
 
@@ -37,11 +40,14 @@ def change_image(data: bytes, info: ImageInfo, changes: Changes) -> tuple[bytes,
     applied is kept. An image too long for any JPEG keeps its size. Raises UndecodableError, MemoryError.
     """
     turns = changes.upright and info.orientation != AS_STORED
-    if not turns and _find_size(info, changes.max_short_side) is None:
+    scales = info.gray16 and changes.gray16 != HIGH_BYTE
+    if not turns and not scales and _find_size(info, changes.max_short_side) is None:
         return data, Counts()
     image = load(data, info)
     image.info.clear()  # comments, and color keys that `convert` would look at
-    return _encode(image, info, changes), Counts(turned_upright=int(turns))
+    if info.gray16:
+        info = info._replace(largest=find_largest(image))
+    return _encode(image, info, changes), _count(info, changes)
 
 
 def convert_image(data: bytes, kind: str, changes: Changes, max_pixels: int) -> tuple[bytes, Counts]:
@@ -55,10 +61,23 @@ def convert_image(data: bytes, kind: str, changes: Changes, max_pixels: int) -> 
     refuse_size(opened.height, opened.width, max_pixels)
     orientation = _read_orientation(opened)
     image = load_other_type(opened, kind)
-    is_jpeg = changes.convert == "jpeg" and image.mode in ("L", "RGB") and max(image.size) <= _MAX_JPEG_SIDE
-    info = ImageInfo("jpg" if is_jpeg else "png", image.height, image.width, orientation)
-    turns = changes.upright and orientation != AS_STORED
-    return _encode(image, info, changes), Counts(converted=1, turned_upright=int(turns))
+    is_gray16 = image.mode == "I;16"
+    is_jpeg = changes.convert == "jpeg" and not is_gray16 and max(image.size) <= _MAX_JPEG_SIDE
+    largest = find_largest(image) if is_gray16 else 0
+    info = ImageInfo("jpg" if is_jpeg else "png", image.height, image.width, orientation, is_gray16, largest)
+    return _encode(image, info, changes), Counts(converted=1) + _count(info, changes)
+
+
+def _count(info: ImageInfo, changes: Changes) -> Counts:
+    """Return what is to be counted of an image with this info that is changed."""
+    scales = info.gray16 and changes.gray16 != HIGH_BYTE
+    shrinks = _find_size(info, changes.max_short_side) is not None
+    return Counts(
+        turned_upright=int(changes.upright and info.orientation != AS_STORED),
+        gray16=int(info.gray16 and shrinks and not scales),  # the others are counted where they are packed
+        gray16_scaled=int(scales),
+        gray16_largest=info.largest,
+    )
 
 
 def _read_orientation(image: Image.Image) -> int:
@@ -72,6 +91,8 @@ def _encode(image: Image.Image, info: ImageInfo, changes: Changes) -> bytes:
     """Return a file of the pixels in `image`, whose original has this info, with all changes made."""
     turn = TURNS.get(info.orientation) if changes.upright else None
     size = _find_size(info, changes.max_short_side)
+    if info.gray16 and changes.gray16 != HIGH_BYTE:
+        image = scale_to_8_bits(image, changes.gray16)
     if size is not None:
         # Crops made from this are nearer to crops of the original than with bicubic: by 9 % at N = 256, by 20 % at 384.
         image = _convert_to_8_bits(image).resize(size, Image.Resampling.LANCZOS)

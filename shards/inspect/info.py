@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
+from shards.counts import Counts
 from shards.inspect.statistics import Column, compute_percentiles, count_in_bins, count_values, read_chunks
 from shards.layout import DUPLICATES_FILE, REJECTED_FILE, UNLABELED
 from shards.manifest import Manifest, Rejected
@@ -87,6 +88,10 @@ def _describe_manifest(manifest: Manifest) -> Iterator[str]:
     counts = manifest.counts
     if counts.converted:
         yield f"converted   {counts.converted:,} images of other types than JPEG, PNG and WebP"
+    if counts.gray16:
+        yield f"16-bit gray {counts.gray16:,} images{_describe_largest(counts)}; the high byte is kept"
+    if counts.gray16_scaled:
+        yield f"16-bit gray {counts.gray16_scaled:,} images{_describe_largest(counts)}; made 8-bit"
     if counts.turned_in_training:
         yield f"EXIF        {counts.turned_in_training:,} images to be turned, which training does not do (--upright)"
     if counts.turned_upright:
@@ -95,6 +100,10 @@ def _describe_manifest(manifest: Manifest) -> Iterator[str]:
     for key, value in sorted(manifest.options.items()):
         yield shorten(f"{head}{key} {'none' if value is None else value}", COLUMNS)
         head = " " * len(head)
+
+
+def _describe_largest(counts: Counts) -> str:
+    return f", largest value {counts.gray16_largest:,}" if counts.gray16_largest else ""
 
 
 def _describe_bytes(records: np.ndarray) -> Iterator[str]:

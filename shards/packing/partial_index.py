@@ -85,7 +85,8 @@ class PartialIndexBuilder:
         self._records.append((0, offset, len(data), info.height, info.width, label, zlib.crc32(data)))
         self._digests.append(hashlib.sha256(data).digest()[: DIGEST.itemsize])
         self._names.append(name)
-        self.count(Counts(turned_in_training=int(info.orientation != AS_STORED)))
+        turned = int(info.orientation != AS_STORED)
+        self.count(Counts(turned_in_training=turned, gray16=int(info.gray16), gray16_largest=info.largest))
 
     def count(self, counts: Counts) -> None:
         """Add what is worth knowing of a sample besides its own info."""

@@ -40,7 +40,7 @@ class Options:
         options = dataclasses.asdict(self)
         for name, value in options.pop("changes").items():
             if name in ("max_short_side", "quality") or value != getattr(Changes, name):
-                options[name] = value
+                options[name] = str(value) if name == "gray16" else value
         return options
 
 

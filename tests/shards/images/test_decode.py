@@ -300,7 +300,7 @@ def test_png_files_of_every_small_size_and_kind_are_kept(
     height: int, width: int, channels: int, deep: bool, interlaced: bool, pieces: int
 ):
     levels = np.full((height, width, channels), 200, np.uint16 if deep else np.uint8)
-    assert decode(png(levels, interlaced, pieces=pieces)) == ImageInfo("png", height, width)
+    assert decode(png(levels, interlaced, pieces=pieces))[:3] == ("png", height, width)
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])

@@ -42,7 +42,7 @@ def kept(samples: Sequence[bytes]) -> dict[bytes, ImageInfo]:
         assert time.monotonic() - began < MOST_SECONDS
         assert decode_or_explain(decode, sample) == found, "another result the second time"
         if isinstance(found, ImageInfo):
-            assert read_info(sample) == found
+            assert read_info(sample) == found._replace(largest=0)
             images[sample] = found
         else:
             assert found
