@@ -37,6 +37,7 @@ ROOMS = {
         ("__main__",),
         ("commands",),
         ("arguments",),
+        ("argument_groups",),
         ("argument_types", "completion", "messages"),
         ("inspect",),
         ("packing",),
