@@ -59,12 +59,21 @@ def crop(image: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
 def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: list[Tensor]) -> None:
     """Write the crops of one encoded image into `out`, uint8 [V, S, S, 3] for each resolution.
 
-    `windows` is [views, 1, 4]. Raises DecodeError if the image does not decode.
+    `windows` is [views, 1, 4]. Raises DecodeError if the image does not decode, or is smaller than the index says.
     """
     image = decode(sample)
+    _require_room(image, windows)
     for (size, views), crops in zip(recipe.resolutions, out, strict=True):
         for (top, left, height, width), target in zip(windows[views, 0].tolist(), crops, strict=True):
             target.numpy()[...] = crop(image, (top, left, height, width), size).permute(1, 2, 0).numpy()
+
+
+def _require_room(image: Tensor, windows: Windows) -> None:
+    """Raise DecodeError if a window reaches beyond the image [3, H, W]. They were drawn by the index's sizes."""
+    height, width = image.shape[1:]
+    bottom, right = (windows[:, 0, :2] + windows[:, 0, 2:]).max(0).tolist()
+    if bottom > height or right > width:
+        raise DecodeError(f"the image is {width} x {height} pixels, smaller than the index says")
 
 
 def empty_crops(recipe: CropRecipe, *batch: int, allocate: Allocate = torch.empty) -> list[Tensor]:

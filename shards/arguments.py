@@ -209,7 +209,7 @@ def _add_stats(commands: Commands) -> None:
     command.add_argument(
         "--report", type=parse_path, metavar="FILE", help="also write the figures to this file, as JSON"
     )
-    _add_workers_option(command)
+    add_workers_option(command)
 
 
 def _add_show(commands: Commands) -> None:

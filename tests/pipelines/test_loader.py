@@ -53,6 +53,25 @@ def test_batches_are_normalized_by_the_recipe(index: ShardIndex):
 
 
 @pytest.mark.parametrize("decode", ["dali", "torch"])
+@pytest.mark.parametrize("wrong", ["doubled", "swapped"])
+def test_an_image_smaller_than_its_record_is_replaced_and_reported(index: ShardIndex, decode: str, wrong: str):
+    heights, widths = index.heights.copy(), index.widths.copy()
+    forged = np.arange(len(index)) % 3 == 0
+    if wrong == "doubled":
+        index.heights = np.where(forged, 2 * heights, heights)
+    else:
+        index.heights, index.widths = np.where(forged, widths, heights), np.where(forged, heights, widths)
+    changed = forged & ((index.heights > heights) | (index.widths > widths))
+    assert changed.any()
+    loader = build(index, decode=decode, max_bad_samples=1000)
+    batches = list(loader.batches(0, 3))
+    assert all(batch.globals.isfinite().all() for batch in batches)
+    assert loader.bad_samples
+    assert all(changed[number] for number in loader.bad_samples)
+    assert all("smaller than" in report or "out of bounds" in report for report in loader.bad_samples.values())
+
+
+@pytest.mark.parametrize("decode", ["dali", "torch"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_have_their_shape_layout_and_dtype(index: ShardIndex, decode: str, dtype: torch.dtype):
     for number, batch in enumerate(load(index, 3, 6, decode=decode, dtype=dtype)):
