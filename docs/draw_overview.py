@@ -158,7 +158,8 @@ def _draw_chart(records: dict[Key, Record]) -> list[str]:
 
 def _describe_sources() -> str:
     files = dict.fromkeys(bar.key.file for bar in BARS)
-    return "Medians from bench/results: " + ", ".join(files) + ". Two sessions on machines of one kind."
+    sessions = {file.partition("/")[0] for file in files}
+    return f"Medians from bench/results: {', '.join(files)}. {len(sessions)} sessions on machines of one kind."
 
 
 def _text(x: float, y: float, words: str, kind: str, anchor: str = "start") -> str:
