@@ -33,7 +33,7 @@ import torch
 from bench.records import add_run_arguments, make_records, report, save_partial
 from bench.timing import Figures, read_clock, run_interleaved
 from dino_fast.config import Recipe
-from dino_fast.model.flops import flops_an_image, head_flops, step_convolutions
+from dino_fast.model.flops import flops_an_image, head_flops, list_step_layers
 from dino_fast.step.precision import DTYPES
 from pipelines.crops import CropRecipe
 
@@ -71,7 +71,7 @@ def compute_rooflines(bandwidth: float, rate: float, recipe: Recipe) -> Figures:
         raise ValueError(f"the memory traffic of {recipe.backbone} is not known, only that of {BACKBONE}")
     width = DTYPES[recipe.precision].itemsize
     arithmetic = head_flops(recipe) / rate
-    for count, layer in step_convolutions(recipe):
+    for count, layer in list_step_layers(recipe):
         arithmetic += count * max(0.0, layer.flops / rate - width * layer.elements / bandwidth)
     return {name: 1 / (bytes_ / bandwidth + arithmetic) for name, bytes_ in count_traffic(recipe).items()}
 

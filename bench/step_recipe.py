@@ -6,13 +6,16 @@ import torch
 
 from bench.records import add_run_arguments
 from dino_fast.config import Recipe
-from dino_fast.model.backbones import BACKBONES
+from dino_fast.model.backbones import BACKBONES, find_patch
 from dino_fast.model.flops import flops_an_image
 from dino_fast.model.head import HeadRecipe
 from dino_fast.run.schedules import scale_lr
 from dino_fast.step.hyper import Hyper
 from dino_fast.step.precision import DTYPES, Precision, set_up_math
 from pipelines.crops import CropRecipe
+
+# The published arm has torch's attention where the published code has its own, so it would not be the published step.
+RESNETS = [name for name in BACKBONES if find_patch(name) is None]
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +26,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=DTYPES, default="fp16" if gpu else "bf16",
         help="of our arms and of the rooflines (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--backbone", choices=BACKBONES, default="resnet50", metavar="NAME", help="default %(default)s")
+    parser.add_argument("--backbone", choices=RESNETS, default="resnet50", metavar="NAME", help="default %(default)s")
     parser.add_argument("--global_size", type=int, default=224, help="side of a global view in pixels (224)")
     parser.add_argument("--local_size", type=int, default=96, help="side of a local view in pixels (96)")
     parser.add_argument("--locals", type=int, default=6, help="number of local views, at least 1 (6)")

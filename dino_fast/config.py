@@ -31,7 +31,7 @@ from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe
-from pipelines.photometric import PhotometricRecipe
+from pipelines.photometric import PerChannel, PhotometricRecipe
 from shards.errors import UserError
 
 
@@ -86,8 +86,14 @@ class Recipe:
     fp32 is faster"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of the run; auto: the GPU where there is one"""
-    backbone: Literal["resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    """network that is trained, from torchvision"""
+    backbone: Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "vit_tiny_patch16", "vit_small_patch16", "vit_small_patch8",
+        "vit_base_patch16", "vit_base_patch8",
+    ] = "resnet50"  # fmt: skip
+    """network that is trained: a ResNet from torchvision, or a vision transformer as published"""
+    drop_path: Annotated[float, Ge(0), Le(0.9)] = 0.1
+    """probability with which the last block of a student's vision transformer leaves out a branch for a crop; it rises
+    evenly from 0 in the first block. ResNets have no drop path"""
     compile: Literal["auto", "always", "never"] = "auto"
     """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on GPUs where steps are
     not recorded. Where they are recorded, batch norms are our own kernels, which are faster and need no compiler"""
@@ -97,8 +103,8 @@ class Recipe:
     log_every: Annotated[int, Ge(1)] = 50
     """steps between two rows of the log"""
     init_from: str = ""
-    """weights that a new run starts from: another run's folder or checkpoint, a published .pth file, or a ResNet
-    that another program saved, also as .safetensors; empty: random ones"""
+    """weights that a new run starts from: another run's folder or checkpoint, a published .pth file, or a ResNet or
+    ViT that another program saved, also as .safetensors; empty: random ones"""
     dump_crops: bool = False
     """whether the first batch's crops, as the networks see them, are written to crops.png in the output folder"""
     wandb: str = ""
@@ -222,6 +228,8 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if hint == Duration:
         return 'epochs, such as 100, or a length such as "5000 steps" or "2M images"'
+    if hint == PerChannel:
+        return "three numbers in brackets, such as [0.5, 0.5, 0.5]"
     base, *bounds = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
     parts = [words.get(base, "two numbers in brackets, such as [0.1, 1]")]
@@ -271,6 +279,7 @@ def find_contradictions(recipe: Recipe) -> Iterator[str]:
     if not recipe.output:
         yield "output is empty: name a folder for checkpoints and metrics, such as runs/mine"
     yield from config_checks.check_crops(recipe.crops)
+    yield from config_checks.check_patches(recipe.backbone, recipe.crops)
     yield from config_checks.check_augmentation(recipe.augment)
     yield from config_checks.check_data(recipe.data)
     yield from config_checks.check_lengths(recipe.epochs, {name: look_up(recipe, name) for name in PHASES})

@@ -12,7 +12,7 @@ from typing import Any
 from dino_fast.config import Recipe, read_recipe
 from dino_fast.config_help import print_help_if_asked
 from dino_fast.distributed import Ranks, drop_local_rank, join_ranks
-from dino_fast.run import build, command, crop_sheet, health, resume, scores, signals
+from dino_fast.run import build, command, crop_sheet, drop_path, health, resume, scores, signals
 from dino_fast.run.checkpoint_writer import open_checkpoint_writer
 from dino_fast.run.monitor import open_monitor
 from dino_fast.run.schedules import Schedules
@@ -80,7 +80,8 @@ def train_from(run: TrainingRun, start: Start) -> End:
         for batch in batches:
             crop_sheet.save_first_crops(run, batch)
             hyper = run.schedules.at(batch.step, start.rollbacks)
-            output = train_step(batch.globals, batch.locals, hyper)
+            scales = drop_path.draw_scales(recipe, batch.step, batch.ids, ranks.device)
+            output = train_step(batch.globals, batch.locals, hyper, scales)
             figures = health.collect_figures(run.step, batch.globals, hyper) if monitor.is_due(batch.step) else {}
             row = monitor.tick(batch.step, hyper, output, run.loader, figures)
             end = End(batch.step + 1, "", run.signal.all_ranks_stop())

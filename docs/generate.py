@@ -37,8 +37,8 @@ NOTE = "<!-- Written by `python -m docs.generate`. Change what it is made from, 
 MARKERS = re.compile(r"(<!-- measured:begin -->\n).*?(<!-- measured:end -->)", re.DOTALL)
 
 NOT_MEASURED = (
-    "Accuracy on ImageNet, several GPUs, training time over a whole run, bf16 and other batch sizes than 128 on a GPU, "
-    "the loader alone on a quiet GPU machine while CPU threads decode, and other GPUs than the H200."
+    "Accuracy on ImageNet, several GPUs, training time over a whole run, ViTs, bf16 and other batch sizes than 128 on "
+    "a GPU, the loader alone on a quiet GPU machine while CPU threads decode, and other GPUs than the H200."
 )
 
 MAKE_SHARDS_COMMANDS = ("pack", "index", "check", "info", "show", "stats")

@@ -19,7 +19,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _SHIFT = np.uint64(32)
 
 # Each use of a seed has a stream of its own, so that no two uses draw the same numbers.
-ORDER_STREAM, WINDOW_STREAM, AUGMENT_STREAM = 0, 1, 2
+ORDER_STREAM, WINDOW_STREAM, AUGMENT_STREAM, DROP_PATH_STREAM = 0, 1, 2, 3
 
 
 def philox(counter: tuple[Words, Words, Words, Words], key: tuple[int, int]) -> tuple[Words, Words, Words, Words]:

@@ -1,4 +1,4 @@
-"""The backbones: torchvision's ResNets without their classifier."""
+"""The backbones: torchvision's ResNets without their classifier, and the published vision transformers."""
 
 import contextlib
 import difflib
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from dino_fast.model.vit import DEPTH, VisionTransformer
 from shards.errors import UserError
 
 _RESNETS = {
@@ -17,8 +18,16 @@ _RESNETS = {
     "resnet50": models.resnet50,
     "resnet101": models.resnet101,
 }
-BACKBONES = tuple(_RESNETS)
-STRIDE = 32  # pixels of an image, in each direction, for one of the last feature map
+# Patch in pixels, width and heads, by the published names and sizes.
+_VITS = {
+    "vit_tiny_patch16": (16, 192, 3),
+    "vit_small_patch16": (16, 384, 6),
+    "vit_small_patch8": (8, 384, 6),
+    "vit_base_patch16": (16, 768, 12),
+    "vit_base_patch8": (8, 768, 12),
+}
+BACKBONES = (*_RESNETS, *_VITS)
+STRIDE = 32  # pixels of an image, in each direction, for one of a ResNet's last feature map
 
 
 class GlobalAveragePool(nn.Module):
@@ -49,6 +58,9 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     The last batch norm of a residual block starts at 1 (torchvision's default), as published. Weights are drawn from
     torch's global generator. Raises UserError for a name that is not in `BACKBONES`.
     """
+    if name in _VITS:
+        patch, width, heads = _VITS[name]
+        return VisionTransformer(patch, width, heads), width
     if name not in _RESNETS:
         near = difflib.get_close_matches(name, BACKBONES, n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
@@ -58,6 +70,16 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     backbone.fc = nn.Identity()
     backbone.avgpool = GlobalAveragePool()
     return backbone, features
+
+
+def find_patch(name: str) -> int | None:
+    """Return the side in pixels of a vision transformer's patches, or None for other backbones."""
+    return _VITS[name][0] if name in _VITS else None
+
+
+def count_blocks(name: str) -> int:
+    """Return the number of blocks of a vision transformer, or 0 for other backbones."""
+    return DEPTH if name in _VITS else 0
 
 
 @contextlib.contextmanager

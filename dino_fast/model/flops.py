@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dino_fast.model.backbones import build_backbone
 from dino_fast.model.head import DinoHead, HeadRecipe
+from dino_fast.model.vit import Attention
 from pipelines.crops import CropRecipe
 
 # FLOP/s in bfloat16 or float16 with sums in float32, dense, by torch's name of the GPU. The first match counts.
@@ -64,44 +65,52 @@ class Architecture(Hashable, Protocol):
     def head(self) -> HeadRecipe: ...
 
 
-class Convolution(NamedTuple):
-    """One layer, for one image of one size."""
+class Layer(NamedTuple):
+    """A convolution, a linear layer, or one of the two products of an attention, for one image of one size."""
 
     flops: float
     """FLOPs of each of its kernels"""
     elements: int
-    """values that each of its kernels reads and writes"""
+    """values that each of its kernels reads and writes, without weights"""
     kernels: int
-    """number of kernels: forward, by weight, and by input except in the first layer"""
+    """number of kernels: forward, by weight, and by input except in the first layer; three of an attention's product"""
 
 
 @cache
-def convolutions(backbone: str, side: int) -> tuple[Convolution, ...]:
+def list_layers(backbone: str, side: int) -> tuple[Layer, ...]:
     """Return a backbone's layers at `side` pixels, in the order of its forward pass."""
-    found: list[Convolution] = []
+    found: list[Layer] = []
 
     def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         flops = 2.0 * output.numel() * layer.get_parameter("weight")[0].numel()
-        found.append(Convolution(flops, inputs[0].numel() + output.numel(), 3 if found else 2))
+        found.append(Layer(flops, inputs[0].numel() + output.numel(), 3 if found else 2))
+
+    def note_products(attention: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(attention, Attention)
+        tokens, width = output.shape[-2:]
+        flops, elements = 2.0 * tokens**2 * width, 2 * tokens * width + attention.heads * tokens**2
+        found.extend([Layer(flops, elements, 3)] * 2)  # queries by keys, and their softmax by values
 
     with torch.device("meta"):
         network, _ = build_backbone(backbone)
         for layer in network.modules():
-            if isinstance(layer, nn.Conv2d):
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
                 layer.register_forward_hook(note)
+            elif isinstance(layer, Attention):
+                layer.register_forward_hook(note_products)
         network.eval()(torch.empty(1, 3, side, side))
     return tuple(found)
 
 
-def step_convolutions(recipe: Architecture) -> list[tuple[int, Convolution]]:
+def list_step_layers(recipe: Architecture) -> list[tuple[int, Layer]]:
     """Return every layer at each resolution, and how many of its kernels run for one image.
 
     The student runs forward and backward, the teacher forward.
     """
     crops = recipe.crops
-    layers = [(2 * layer.kernels + 2, layer) for layer in convolutions(recipe.backbone, crops.global_size)]
+    layers = [(2 * layer.kernels + 2, layer) for layer in list_layers(recipe.backbone, crops.global_size)]
     if crops.locals:
-        layers += [(crops.locals * layer.kernels, layer) for layer in convolutions(recipe.backbone, crops.local_size)]
+        layers += [(crops.locals * layer.kernels, layer) for layer in list_layers(recipe.backbone, crops.local_size)]
     return layers
 
 
@@ -119,4 +128,4 @@ def head_flops(recipe: Architecture) -> float:
 @cache
 def flops_an_image(recipe: Architecture) -> float:
     """Return the FLOPs of one image's step: student forward and backward, teacher forward."""
-    return sum(count * layer.flops for count, layer in step_convolutions(recipe)) + head_flops(recipe)
+    return sum(count * layer.flops for count, layer in list_step_layers(recipe)) + head_flops(recipe)

@@ -19,14 +19,18 @@ class MultiCropModel(nn.Module):
         self.backbone = backbone
         self.head = head
 
-    def forward(self, crops: list[Tensor]) -> Tensor:
+    def forward(self, crops: list[Tensor], scales: Tensor | None = None) -> Tensor:
         """Return the logits [Σ n_i, K] of crops [n_i, 3, H_i, W_i], in the same order.
 
-        Each resolution is one batch to the backbone's batch norms, and all crops together are one to the head's.
-        Crops that follow each other at the same resolution are joined first, as in the published code.
+        `scales` [branches, Σ n_i] are what a ViT's branches are multiplied by, for drop path. Each resolution is one
+        batch to the backbone's batch norms, and all crops together are one to the head's. Crops that follow each other
+        at the same resolution are joined first, as in the published code.
         """
         batches = [_join(list(same)) for _, same in groupby(crops, key=lambda crop: crop.shape[-2:])]
-        return self.head(_join([self.backbone(batch) for batch in batches]))
+        if scales is None:
+            return self.head(_join([self.backbone(batch) for batch in batches]))
+        parts = scales.split([len(batch) for batch in batches], dim=1)
+        return self.head(_join([self.backbone(*given) for given in zip(batches, parts, strict=True)]))
 
 
 def build_student_teacher(backbone: str, head: HeadRecipe) -> tuple[MultiCropModel, MultiCropModel]:

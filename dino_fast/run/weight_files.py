@@ -14,13 +14,12 @@ import torch
 from torch import Tensor
 
 from dino_fast import checkpoint
-from dino_fast.model.backbones import BACKBONES
 from dino_fast.run.safetensors_file import is_safetensors, read_safetensors
 from shards.errors import UserError
 from shards.text import shorten
 
 EXPECTED = (
-    "Pass a checkpoint or a run's folder, a .pth file of facebookresearch/dino, or a ResNet's state dict "
+    "Pass a checkpoint or a run's folder, a .pth file of facebookresearch/dino, or a backbone's state dict "
     "(also as .safetensors, or in a checkpoint of another program)."
 )
 # Where programs keep the state dict of their network, from Lightning and MoCo to torchvision, DeiT and VISSL.
@@ -29,8 +28,13 @@ _PLACES = (
 )  # fmt: skip
 _DEEPEST = 8  # state dicts inside each other; a forged file may hold itself
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module"}  # parts of names: DDP's, torch.compile's
-_MODULES = {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}  # of a ResNet, besides its classifier
-_LANDMARK = "layer1.0.conv1.weight"  # what stands before this name stands before all of a ResNet's
+# A name of each kind of backbone, and its modules, besides its classifier. What stands before this name stands before
+# all of the backbone's.
+_KINDS = {
+    "layer1.0.conv1.weight": {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"},
+    "patch_embed.proj.weight": {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"},
+}
+_LANDMARKS = "|".join(map(re.escape, _KINDS))
 _AVERAGE = re.compile(r"(^|\.)(momentum|ema|target|teacher|model_ema|encoder_k)")  # a copy that follows the network
 _WEIGHT, _LENGTHS, DIRECTIONS = (f"head.last_layer.{name}" for name in ("weight", "weight_g", "weight_v"))
 
@@ -206,17 +210,16 @@ def _rename(path: Path, weights: Any) -> _Network:
         if name in named:
             raise UserError(f"{path} holds {name_few([name])} twice, under different prefixes. {EXPECTED}")
         named[name] = value
-    if any(name.rpartition(".")[2] == "cls_token" for name in named):
-        raise UserError(f"{path} holds a vision transformer. Pass a file of a ResNet ({', '.join(BACKBONES)}).")
     return _pick_network(named, _find_root(path, named))
 
 
 def _find_root(path: Path, names: Iterable[str]) -> str:
     """Return what stands before the names of the trained backbone. Raises UserError where there are several.
 
-    Where there is no ResNet, it is what would stand before its names in a published file.
+    Where there is none, it is what would stand before its names in a published file.
     """
-    roots = [name.removesuffix(_LANDMARK) for name in names if re.search(rf"(^|\.){re.escape(_LANDMARK)}$", name)]
+    found = (re.fullmatch(rf"((?:.*\.)?)(?:{_LANDMARKS})", name) for name in names)
+    roots = [match[1] for match in found if match]
     trained = [root for root in roots if not _AVERAGE.search(root)] if len(roots) > 1 else roots
     if len(trained) == 1:
         return trained[0]
@@ -230,14 +233,14 @@ def _pick_network(named: Mapping[str, Tensor], root: str) -> _Network:
     """Pick the backbone whose names begin with `root`, and the head beside it or in it."""
     home = re.sub(r"[^.]*\.$", "", root)
     has_head = any(name.startswith((f"{home}head.mlp.", f"{home}head.last_layer.")) for name in named)
-    is_resnet = f"{root}{_LANDMARK}" in named
+    modules = next((kind for landmark, kind in _KINDS.items() if f"{root}{landmark}" in named), None)
     picked: dict[str, Tensor] = {}
     ignored: set[str] = set()
     for name, value in named.items():
         inner = name.removeprefix(root)
         if has_head and name.startswith(f"{home}head."):
             picked[name.removeprefix(home)] = value
-        elif name.startswith(root) and (inner.split(".")[0] in _MODULES or not is_resnet):
+        elif name.startswith(root) and (modules is None or inner.split(".")[0] in modules):
             picked[f"backbone.{inner}"] = value
         else:
             near = root if name.startswith(root) else home if name.startswith(home) else ""

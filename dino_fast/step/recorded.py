@@ -25,14 +25,16 @@ class RecordedStep:
         self._step, self._steps = step, 0
         self._graph = torch.cuda.CUDAGraph()
         self._side = torch.cuda.Stream()
-        self._inputs: list[Tensor] = []
+        self._inputs: list[Tensor | None] = []
         self._output: StepOutput | None = None
 
-    def __call__(self, globals_: Tensor, locals_: Tensor | None, hyper: Hyper) -> StepOutput:
+    def __call__(
+        self, globals_: Tensor, locals_: Tensor | None, hyper: Hyper, scales: Tensor | None = None
+    ) -> StepOutput:
         """Make one update. The output belongs to the caller: no later step overwrites it."""
         self._steps += 1
         device_hyper: DeviceHyper = self._step.prepare(hyper)
-        self._copy_inputs([globals_, *([] if locals_ is None else [locals_]), *device_hyper])
+        self._copy_inputs([globals_, locals_, scales, *device_hyper])
         if self._steps <= WARM_UP:
             return self._run_in_side_stream()
         if self._output is None:
@@ -40,12 +42,13 @@ class RecordedStep:
         self._graph.replay()
         return StepOutput(*(figure.clone() for figure in self._output))
 
-    def _copy_inputs(self, values: list[Tensor]) -> None:
+    def _copy_inputs(self, values: list[Tensor | None]) -> None:
         """Copy batch and hyper-parameters to where the step reads them from its first run on."""
         if not self._inputs:
-            self._inputs = [value.clone() for value in values]
+            self._inputs = [None if value is None else value.clone() for value in values]
         for place, value in zip(self._inputs, values, strict=True):
-            place.copy_(value)
+            if place is not None and value is not None:
+                place.copy_(value, non_blocking=True)
 
     def _record(self) -> StepOutput:
         """Record a step, and return where its output will be after each replay."""
@@ -62,8 +65,11 @@ class RecordedStep:
         return output
 
     def _run(self) -> StepOutput:
-        *crops, values, teacher_temp = self._inputs
-        return self._step.run(crops[0], crops[1] if len(crops) > 1 else None, DeviceHyper(values, teacher_temp))
+        globals_, locals_, scales, values, teacher_temp = self._inputs
+        assert globals_ is not None
+        assert values is not None
+        assert teacher_temp is not None
+        return self._step.run(globals_, locals_, DeviceHyper(values, teacher_temp), scales)
 
     def _run_in_side_stream(self) -> StepOutput:
         """Run a step in another stream than the default one, as a recording requires."""

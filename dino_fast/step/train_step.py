@@ -73,30 +73,33 @@ class TrainStep:
         self._side = torch.cuda.Stream(self.center.device) if teacher_aside else None
         self.objective, self.update = self._kernels(clip_grad) if kernels else self._torch_operations(clip_grad)
 
-    def __call__(self, globals_: Tensor, locals_: Tensor | None, hyper: Hyper) -> StepOutput:
+    def __call__(
+        self, globals_: Tensor, locals_: Tensor | None, hyper: Hyper, scales: Tensor | None = None
+    ) -> StepOutput:
         """Make one update. globals_: [2·B, 3, G, G]; locals_: [n·B, 3, L, L] or None; both view-major.
 
-        Raises ValueError where B is not a multiple of the parts.
+        scales: [branches, (2 + n)·B], view-major, what the branches of the student's blocks are multiplied by; None
+        without drop path. Raises ValueError where B is not a multiple of the parts.
         """
-        return self.run(globals_, locals_, self.prepare(hyper))
+        return self.run(globals_, locals_, self.prepare(hyper), scales)
 
-    def run(self, globals_: Tensor, locals_: Tensor | None, hyper: Any) -> StepOutput:
+    def run(self, globals_: Tensor, locals_: Tensor | None, hyper: Any, scales: Tensor | None = None) -> StepOutput:
         """Make one update with the hyper-parameters that `prepare` returned.
 
         With kernels this only launches work, so that a CUDA graph can record it.
         """
         self.clock.start()
         self.optimizer.zero_grad()
-        parts = split_batch(globals_, locals_, self.accumulate)
+        parts = split_batch(globals_, locals_, scales, self.accumulate)
         found: list[Objective] = []
-        for number, (part_globals, part_locals) in enumerate(parts, 1):
+        for number, (part_globals, part_locals, part_scales) in enumerate(parts, 1):
             last = number == len(parts)
             with contextlib.nullcontext() if last else self._without_averaging():
                 with self.autocast():
                     with torch.no_grad(), self._teacher_stream():
                         teacher_logits = self.teacher([part_globals])
                     crops = [part_globals] if part_locals is None else [part_globals, part_locals]
-                    student_logits = self.student(crops)
+                    student_logits = self.student(crops) if scales is None else self.student(crops, part_scales)
                 self._wait_for(teacher_logits)
                 found.append(self._compute_objective(student_logits, teacher_logits, hyper.teacher_temp))
                 if last:  # start the all-reduce of the center now, so that it overlaps the backward pass
@@ -212,19 +215,37 @@ class TrainStep:
         self.update.after_load()
 
 
-def split_batch(globals_: Tensor, locals_: Tensor | None, parts: int) -> list[tuple[Tensor, Tensor | None]]:
-    """Split a batch [2·B, …] and [n·B, …], view-major, into `parts` of B / parts images each, view-major too.
+class BatchPart(NamedTuple):
+    """Some images of a batch, with all of their views."""
+
+    globals: Tensor
+    """[2·b, 3, G, G], view-major"""
+    locals: Tensor | None
+    """[n·b, 3, L, L], view-major"""
+    scales: Tensor | None
+    """[branches, (2 + n)·b], view-major"""
+
+
+def split_batch(globals_: Tensor, locals_: Tensor | None, scales: Tensor | None, parts: int) -> list[BatchPart]:
+    """Split a batch of B images, as `TrainStep` takes it, into `parts` of B / parts images each.
 
     Raises ValueError where B is not a multiple of the parts.
     """
     if parts == 1:
-        return [(globals_, locals_)]
+        return [BatchPart(globals_, locals_, scales)]
     batch = len(globals_) // 2
     if batch % parts:
         raise ValueError(f"{batch} images cannot be split into {parts} equal parts")
 
-    def part_of(views: Tensor, number: int) -> Tensor:
-        images = slice(number * batch // parts, (number + 1) * batch // parts)
-        return torch.cat([view[images] for view in views.split(batch)])
+    def take(views: Tensor | None, number: int, dim: int = 0) -> Tensor | None:
+        if views is None:
+            return None
+        first, count = number * batch // parts, batch // parts
+        return torch.cat([view.narrow(dim, first, count) for view in views.split(batch, dim)], dim)
 
-    return [(part_of(globals_, n), None if locals_ is None else part_of(locals_, n)) for n in range(parts)]
+    def take_part(number: int) -> BatchPart:
+        part = take(globals_, number)
+        assert part is not None
+        return BatchPart(part, take(locals_, number), take(scales, number, dim=1))
+
+    return [take_part(number) for number in range(parts)]

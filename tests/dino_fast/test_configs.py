@@ -20,7 +20,8 @@ CONFIGS = {path.stem: path for path in sorted((ROOT / "configs").glob("*.yaml"))
 IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469, "coco": 123_403, "photos": 5_000, "train": 1_296}  # by data.train
 
 # main_dino.py: its defaults and the constants in it; then what the published README passes for ResNet-50, the arguments
-# of the released ResNet-50, and lightly's imagenette_benchmark.py (where it is silent, the defaults).
+# of the released ResNet-50, and lightly's imagenette_benchmark.py (where it is silent, the defaults). For ViT-S/16 the
+# published README passes nothing ("vanilla"), or a few arguments on 16 GPUs ("boosting").
 DEFAULTS: dict[str, Any] = {
     "head.out_dim": 65536, "head.hidden_dim": 2048, "head.bottleneck_dim": 256, "head.layers": 3,
     "head.batch_norm": False, "head.norm_last_layer": True,
@@ -36,6 +37,11 @@ DEFAULTS: dict[str, Any] = {
     "augment.blur_global_2": 0.1, "augment.blur_locals": 0.5, "augment.blur_sigma": (0.1, 2.0),
     "augment.solarize_global_2": 0.2,
     "batch_size": 8 * 64, "epochs": 100, "precision": "fp16", "seed": 0,
+}  # fmt: skip
+VIT = DEFAULTS | {"backbone": "vit_small_patch16", "drop_path": 0.1}
+BOOSTED = VIT | {
+    "epochs": 300, "batch_size": 16 * 64, "loss.teacher_temp": 0.07, "loss.warmup_teacher_temp_epochs": 30,
+    "head.norm_last_layer": False,
 }  # fmt: skip
 README = DEFAULTS | {
     "backbone": "resnet50", "optim.name": "sgd", "optim.lr": 0.03, "optim.weight_decay": 1e-4,
@@ -57,6 +63,8 @@ LIGHTLY = DEFAULTS | {
 
 # The published values that each recipe follows, and all settings in which it differs.
 FOLLOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "vit_small16_100ep": (VIT, {}),
+    "vit_small16_300ep": (BOOSTED, {}),
     "resnet50_100ep": (README, {}),
     "resnet50_800ep": (RELEASED, {}),
     "resnet50_300ep": (RELEASED, {"epochs": 300, "precision": "fp16"}),
@@ -121,7 +129,7 @@ def test_a_recipe_states_all_settings_that_it_depends_on(stem: str):
 
 
 def test_every_published_value_has_a_setting():
-    assert {*DEFAULTS, *README} <= list_settings(Recipe).keys()
+    assert {*DEFAULTS, *README, *VIT} <= list_settings(Recipe).keys()
 
 
 @pytest.mark.parametrize("stem", CONFIGS)

@@ -25,6 +25,7 @@ from torchvision import models
 
 from dino_fast import checkpoint
 from dino_fast.config import read_recipe
+from dino_fast.model.backbones import BACKBONES, build_backbone
 from dino_fast.model.head import HeadRecipe
 from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.run.initial_weights import load_initial_weights
@@ -404,8 +405,8 @@ def test_other_networks_are_refused_by_their_names(refused) -> None:
     line = refused({"state_dict": hollow({"module.features.0.weight": [64, 3, 3, 3], "module.features.0.bias": [64]})})
     assert "2 unexpected (backbone.features.0.weight, backbone.features.0.bias)" in line
     assert line.endswith("or not complete. Pass another file.")
-    vit = hollow({"model.cls_token": [1, 1, 384]})
-    assert refused({"state_dict": vit}).startswith(" holds a vision transformer.")
+    vit = hollow({"model.cls_token": [1, 1, 384], "model.patch_embed.proj.weight": [384, 3, 16, 16]})
+    assert "does not fit this run" in refused({"state_dict": vit})
     line = refused({"model": hollow(resnet_shapes("resnet50")), "args": argparse.Namespace()})
     assert line.endswith(" Pass --backbone resnet50.")
 
@@ -460,8 +461,7 @@ def test_safetensors(tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     require_equal(found, {n: weights[n].to(found[n].dtype) for n in found})
 
 
-def test_a_vision_transformer_in_safetensors_is_named(refused) -> None:
-    assert refused(safetensors({"cls_token": torch.zeros(1, 1, 8)})).startswith(" holds a vision transformer.")
+def test_types_that_are_not_read_are_named(refused) -> None:
     line = refused(safetensors({"a": torch.zeros(2)}, a={"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}))
     assert line == ": tensors of type F8_E4M3 are not read. Save its weights as float32."
 
@@ -588,9 +588,7 @@ def test_another_backbone_is_refused_with_its_name(refused, backbone: str) -> No
 
 def test_a_backbone_that_is_none_of_ours(refused) -> None:
     line = refused(hollow(resnet_shapes("resnet152")))
-    assert line.endswith(
-        "Its backbone is none of resnet18, resnet34, resnet50, resnet101, or not complete. Pass another file."
-    )
+    assert line.endswith(f"Its backbone is none of {', '.join(BACKBONES)}, or not complete. Pass another file.")
 
 
 def test_keys_that_are_missing_unexpected_and_misshapen_are_counted_and_named(refused) -> None:
@@ -637,13 +635,45 @@ def test_a_count_of_another_shape_does_not_stop_it_half_way(tmp_path: Path) -> N
     require_alike(step.teacher, Published(1))
 
 
-def test_a_vision_transformer_is_refused_in_a_line(refused) -> None:
-    weights = hollow({"cls_token": [1, 1, 384], "patch_embed.proj.weight": [384, 3, 16, 16]})
-    line = " holds a vision transformer. Pass a file of a ResNet (resnet18, resnet34, resnet50, resnet101)."
-    assert refused(weights) == line
-    assert (
-        refused(full(prefixed("module.backbone.", weights), prefixed("backbone.", weights), torch.ones(1, 9))) == line
-    )
+VIT = "vit_tiny_patch16"
+
+
+def vit_weights(seed: int) -> dict[str, Tensor]:
+    """Return random weights of a vision transformer by the published names, which timm's are, too."""
+    torch.manual_seed(seed)
+    backbone, _ = build_backbone(VIT)
+    return {name: value + stirred(name, value) for name, value in backbone.state_dict().items()}
+
+
+@pytest.mark.parametrize("layout", ["backbone alone", "full", "timm with a classifier", "safetensors"])
+def test_a_vision_transformer_is_loaded_by_its_names(tmp_path: Path, layout: str) -> None:
+    student, teacher = vit_weights(1), vit_weights(1)
+    path = tmp_path / "vit.pth"
+    if layout == "full":
+        teacher = vit_weights(2)
+        heads = PublishedHead(192, HEAD, plain=False).state_dict()
+        torch.save(
+            full(
+                prefixed("module.", prefixed("backbone.", student) | prefixed("head.", heads)),
+                prefixed("backbone.", teacher) | prefixed("head.", heads),
+                torch.ones(1, HEAD.out_dim),
+            ),
+            path,
+        )
+    elif layout == "safetensors":
+        path.write_bytes(safetensors(student))
+    else:
+        classifier = {"head.weight": torch.zeros(10, 192), "head.bias": torch.zeros(10)}
+        torch.save(student | (classifier if "classifier" in layout else {}), path)
+    step = a_step(backbone=VIT)
+    load_initial_weights(step, path)
+    require_equal(step.student.backbone.state_dict(), student)
+    require_equal(step.teacher.backbone.state_dict(), teacher)
+
+
+def test_a_vision_transformer_of_another_size_names_the_setting(refused) -> None:
+    torch.manual_seed(0)
+    assert refused(vit_weights(0)).endswith(f" Pass --backbone {VIT}.")
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")

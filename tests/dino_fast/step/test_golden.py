@@ -5,24 +5,19 @@ last layer, the weight-decay groups, the schedules, the centre, the moving avera
 """
 
 import json
-import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
-from dino_fast.config import Recipe
 from dino_fast.model.head import HeadRecipe
 from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.run.schedules import Schedules
-from dino_fast.step.loss import LossRecipe
-from dino_fast.step.optimizers import OptimRecipe, build_optimizer
+from dino_fast.step.optimizers import build_optimizer
 from dino_fast.step.train_step import TrainStep
+from tests.golden_runs import assert_summary, draw_inputs, fill, make_schedules
 from tests.interpreted import kernels
 
 RUNS = json.loads((Path(__file__).parents[2] / "golden" / "reference_steps.json").read_text())
@@ -39,40 +34,16 @@ class Replay:
 def replay(request: pytest.FixtureRequest) -> Replay:
     run = request.param
     config = run["config"]
-    schedules = _schedules(config)
+    schedules = make_schedules(config)
     step = _train_step(config, schedules)
     rows = []
     for t in range(config["epochs"] * config["steps_per_epoch"]):
         hyper = schedules.at(t)
-        globals_, locals_ = _inputs(t, config)
+        globals_, locals_ = draw_inputs(t, config)
         out = step(globals_, locals_, hyper)
         center = step.center.clone()
         rows.append({"epoch": schedules.epoch(t), "hyper": hyper, "loss": out.loss.item(), "center": center})
     return Replay(run, rows, step)
-
-
-def _schedules(config: dict[str, Any]) -> Schedules:
-    optim = OptimRecipe(
-        name=config["optimizer"],
-        lr=config["lr"],
-        min_lr=config["min_lr"],
-        warmup_epochs=config["warmup_epochs"],
-        weight_decay=config["weight_decay"],
-        weight_decay_end=config["weight_decay_end"],
-        clip_grad=config["clip_grad"],
-        freeze_last_layer_epochs=config["freeze_last_layer"],
-        ema_momentum=config["momentum_teacher"],
-    )
-    loss = LossRecipe(
-        student_temp=config["student_temp"],
-        teacher_temp=config["teacher_temp"],
-        warmup_teacher_temp=config["warmup_teacher_temp"],
-        warmup_teacher_temp_epochs=config["warmup_teacher_temp_epochs"],
-        center_momentum=config["center_momentum"],
-    )
-    # At this batch the rate is the one given: the published runs' is scaled already.
-    recipe = Recipe(batch_size=256, epochs=config["epochs"], optim=optim, loss=loss)
-    return Schedules(recipe, config["steps_per_epoch"])
 
 
 def _train_step(
@@ -86,43 +57,9 @@ def _train_step(
     student, teacher = build_student_teacher(config["arch"], head)
     for network in (student, teacher):
         # The float64 convolutions of the CPU take 1.5 times as long channels-last.
-        _fill(network.to(dtype).to(memory_format=torch.contiguous_format))
+        fill(network.to(dtype).to(memory_format=torch.contiguous_format))
     optimizer = build_optimizer(schedules.recipe.optim, student)
     return TrainStep(student, teacher, optimizer, schedules.recipe.loss, schedules.recipe.optim.clip_grad, **options)
-
-
-def _fill(network: nn.Module) -> None:
-    for name, tensor in network.state_dict().items():
-        draws = np.random.default_rng(zlib.crc32(name.encode()))
-        if name.endswith(("running_mean", "num_batches_tracked")):
-            values = np.zeros(tensor.shape)
-        elif name.endswith(("running_var", "weight_g")):
-            values = np.ones(tensor.shape)
-        elif name.endswith(".bias"):
-            values = 0.1 * draws.standard_normal(tensor.shape)
-        elif tensor.ndim == 1:
-            values = 1 + 0.1 * draws.standard_normal(tensor.shape)
-        else:
-            values = draws.standard_normal(tensor.shape) * math.sqrt(2 / math.prod(tensor.shape[1:]))
-        tensor.copy_(torch.as_tensor(values))
-
-
-def _inputs(t: int, config: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    shape = config["batch"], 3
-    views = [
-        torch.from_numpy(np.random.default_rng([1000 + t, v]).standard_normal((*shape, size, size)))
-        for v, size in enumerate(config["crop_sizes"])
-    ]
-    return torch.cat(views[:2]), torch.cat(views[2:])
-
-
-def _assert_summary(tensor: Tensor, expected: dict[str, Any], rel: float, name: str) -> None:
-    flat = tensor.detach().double().flatten()
-    norm = flat.norm().item()
-    assert norm == pytest.approx(expected["norm"], rel=rel, abs=1e-300), name
-    # A sum cancels: what it can be held to is the size of its terms.
-    assert flat.sum().item() == pytest.approx(expected["sum"], rel=rel, abs=rel * norm), name
-    assert flat[:3].tolist() == pytest.approx(expected["first"], rel=rel, abs=rel * norm / len(flat) ** 0.5), name
 
 
 def test_losses(replay: Replay) -> None:
@@ -131,7 +68,7 @@ def test_losses(replay: Replay) -> None:
     )
 
 
-def test_schedules(replay: Replay) -> None:
+def testmake_schedules(replay: Replay) -> None:
     for row, expected in zip(replay.steps, replay.reference["steps"], strict=True):
         assert row["epoch"] == expected["epoch"]
         for name in ("lr", "weight_decay", "momentum", "teacher_temp"):
@@ -140,7 +77,7 @@ def test_schedules(replay: Replay) -> None:
 
 def test_centre(replay: Replay) -> None:
     for row, expected in zip(replay.steps, replay.reference["steps"], strict=True):
-        _assert_summary(row["center"], expected["center"], 1e-9, f"centre after step {expected['step']}")
+        assert_summary(row["center"], expected["center"], 1e-9, f"centre after step {expected['step']}")
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
@@ -149,7 +86,7 @@ def test_tensors(replay: Replay, network: str) -> None:
     expected = replay.reference[network]
     assert set(tensors) == set(expected)
     for name, tensor in tensors.items():
-        _assert_summary(tensor, expected[name], 1e-7, name)
+        assert_summary(tensor, expected[name], 1e-7, name)
 
 
 @pytest.mark.parametrize(
@@ -166,10 +103,10 @@ def test_the_kernels_keep_to_it_in_float32(run: dict[str, Any], steps: int, monk
     if not torch.cuda.is_available():
         for name in ("BLOCK", "CHUNK"):
             monkeypatch.setattr(update, name, update.tl.constexpr(1 << 16))
-    schedules = _schedules(run["config"])
+    schedules = make_schedules(run["config"])
     step = _train_step(run["config"], schedules, torch.float32, kernels=True)
     for t, expected in zip(range(steps), run["steps"], strict=False):
-        globals_, locals_ = (views.float() for views in _inputs(t, run["config"]))
+        globals_, locals_ = (views.float() for views in draw_inputs(t, run["config"]))
         out = step(globals_, locals_, schedules.at(t))
         # Float32's rounding grows from step to step: these batch norms see four pictures.
         assert out.loss.item() == pytest.approx(expected["loss"], rel=1e-5 * 3**t), t

@@ -325,15 +325,19 @@ def test_a_batch_in_parts_has_the_loss_centre_and_gradients_of_all_of_it() -> No
 
 def test_parts_keep_layout_views_and_images() -> None:
     globals_, locals_ = _crops(1)
-    parts = split_batch(*_flat((globals_, locals_)), 4)
+    count = len(globals_) + len(locals_)
+    scales = torch.arange(3 * count * globals_.shape[1]).view(3, -1)
+    parts = split_batch(*_flat((globals_, locals_)), scales, 4)
     assert len(parts) == 4
     for number, part in enumerate(parts):
-        for views, expected in zip(part, (globals_, locals_), strict=True):
+        assert part.scales is not None
+        assert torch.equal(part.scales, scales.view(3, count, 4, -1)[:, :, number].flatten(1))
+        for views, expected in zip(part[:2], (globals_, locals_), strict=True):
             assert views is not None
             torch.testing.assert_close(views, expected[:, number], rtol=0, atol=0)
             assert _channels_last(views)
     with pytest.raises(ValueError, match="4 images cannot be split into 3 equal parts"):
-        split_batch(*_flat((globals_, locals_)), 3)
+        split_batch(*_flat((globals_, locals_)), None, 3)
 
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
