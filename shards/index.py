@@ -20,9 +20,9 @@ from shards.record_checks import find_record_problem
 from shards.storage.files import read_range
 from shards.storage.folders import Folder, open_folder
 from shards.storage.local_folder import LocalFolder
-from shards.storage.ranges import OpenFile
+from shards.storage.ranges import OpenFile, count_files_to_keep_open
 
-_OPEN_FILES = 512  # at once: half of the usual limit of a process
+_OPEN_FILES = 512  # at most, at once
 
 
 class BadSample(Exception):
@@ -69,7 +69,7 @@ class ShardIndex:
         self.labels: np.ndarray = self.records["label"]  # [samples], positions in `classes`; -1: unlabeled
         self.classes: tuple[str, ...] = self.manifest.classes
         self.fingerprint: str = _compute_fingerprint(self.manifest)
-        self._open_cached = functools.lru_cache(_OPEN_FILES)(OpenFile)  # by path
+        self._open_cached = functools.lru_cache(count_files_to_keep_open(_OPEN_FILES))(OpenFile)  # by path
 
     def __len__(self) -> int:
         return len(self.records)

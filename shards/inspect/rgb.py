@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
 
 
@@ -16,7 +17,7 @@ class UnreadableError(Exception):
 def decode_rgb(index: ShardIndex, id: int) -> Image.Image:
     """Return a sample as 8-bit RGB without EXIF rotation, converted as the decoders of pipelines/ do.
 
-    Raises UnreadableError.
+    Raises UnreadableError, and UserError where the storage does not answer.
     """
     try:
         (data,) = index.read([id])
@@ -30,7 +31,7 @@ def decode_rgb(index: ShardIndex, id: int) -> Image.Image:
         raise UnreadableError(error.reason) from error
     except UnidentifiedImageError as error:  # its own message holds an address that differs on every run
         raise UnreadableError("not an image, or its header is damaged") from error
-    except MemoryError:
+    except (MemoryError, UserError):
         raise
     except Exception as error:  # Pillow's plugins raise nearly anything on damaged data
         raise UnreadableError(str(error) or type(error).__name__) from error

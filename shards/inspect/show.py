@@ -77,7 +77,7 @@ def _draw_cell(index: ShardIndex, id: int, side: int, font: Font) -> Image.Image
     cell = Image.new("RGB", (side, side), _CELL)
     try:
         image = _scale(decode_rgb(index, id), side)
-    except UnreadableError as error:
+    except (UnreadableError, UserError) as error:
         lines = textwrap.wrap(_convert_to_ascii(str(error)), max(side // 7, 1))  # 7 pixels: about a letter's width
         ImageDraw.Draw(cell).multiline_text((4, 2), "\n".join(lines), _ALARM, font, spacing=3)
         return cell

@@ -3,11 +3,21 @@
 import functools
 import io
 import os
+import resource
 from collections.abc import Callable
 from typing import Any
 
-_OPEN_FILES = 64
+_OPEN_FILES = 64  # at most, at once
 _CHUNK = 8 << 20  # bytes per read, where all that is left is asked for
+
+
+def count_files_to_keep_open(most: int) -> int:
+    """Return how many files a cache may keep open: `most`, or a quarter of what this process may open.
+
+    A run may read three sets of shards: those that it trains on, and the two of its k-NN score.
+    """
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if limit == resource.RLIM_INFINITY else max(1, min(most, limit // 4))
 
 
 class OpenFile:
@@ -28,7 +38,7 @@ class OpenFile:
         return os.pread(self._descriptor, size, offset)
 
 
-_open_cached = functools.lru_cache(_OPEN_FILES)(OpenFile)
+_open_cached = functools.lru_cache(count_files_to_keep_open(_OPEN_FILES))(OpenFile)
 
 
 def read_local_range(path: str, offset: int, size: int) -> bytes:

@@ -9,8 +9,10 @@ import yaml
 from PIL import Image
 
 from shards.__main__ import main as make_shards
+from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.inspect.channels import measure_channels
+from shards.inspect.rgb import decode_rgb
 
 
 @pytest.fixture
@@ -81,6 +83,13 @@ def test_damaged_images_are_left_out_and_said(images: list[np.ndarray], tmp_path
     out = capsys.readouterr().out
     assert out.startswith("10 images; ")
     assert "1 image could not be decoded. Run `make-shards check`" in out
+
+
+def test_storage_that_does_not_answer_is_no_damaged_image(images: list[np.ndarray], tmp_path: Path):
+    with ShardIndex(tmp_path / "shards") as index:
+        (tmp_path / "shards" / "train-000000.tar").unlink()
+        with pytest.raises(UserError, match=r"No such file or directory\. Check the storage"):
+            decode_rgb(index, 0)
 
 
 def test_a_channel_without_change_is_said(tmp_path: Path, capsys):
