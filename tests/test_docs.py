@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").rglob("*.md"))
 LOG = ROOT / "docs" / "reference" / "LOG.md"
+PITFALLS = ROOT / "docs" / "pitfalls.md"
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -104,6 +105,36 @@ def test_generated_pages_are_up_to_date() -> None:
 
 def test_the_changelog_has_this_version() -> None:
     assert f"## [{version()}]" in read(ROOT / "CHANGELOG.md")
+
+
+# ---- What people stumble over
+
+
+def find_named_tests() -> list[tuple[str, str]]:
+    """File below tests/ and name of each test that the page names."""
+    return re.findall(r"`([\w/]+\.py)::(\w+)`", read(PITFALLS))
+
+
+def test_the_tests_that_the_page_of_pitfalls_names_are_there() -> None:
+    wrong = [
+        f"{file}::{name}"
+        for file, name in find_named_tests()
+        if not re.search(rf"^def {name}\(", read(ROOT / "tests" / file), re.MULTILINE)
+    ]
+    assert not wrong
+    rows = [line for line in read(PITFALLS).splitlines() if line.startswith("| ")]
+    assert all("::" in row for row in rows if not row.startswith("| situation |"))
+
+
+def test_the_page_of_pitfalls_names_all_tests_of_reports() -> None:
+    files = sorted((ROOT / "tests" / "reports").glob("test_*.py"))
+    written = {
+        (f"reports/{file.name}", name)
+        for file in files
+        for name in re.findall(r"^def (test_\w+)", read(file), re.MULTILINE)
+    }
+    assert written
+    assert written <= set(find_named_tests())
 
 
 # ---- README.md

@@ -95,7 +95,7 @@ def test_a_run_needs_few_open_files(hindered_run: subprocess.CompletedProcess[st
 
 
 def test_a_run_needs_no_shared_memory(hindered_run: subprocess.CompletedProcess[str]):
-    """pytorch #5040: "Bus error", out of shared memory, as containers give little of it."""
+    """pytorch #5040: "Bus error", where a container gives workers little shared memory. Here threads load."""
     if not can_run(*TINY_SHM, "true"):
         pytest.skip("a small /dev/shm cannot be mounted here")
     assert_trained(hindered_run)
