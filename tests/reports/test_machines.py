@@ -120,8 +120,7 @@ def test_a_user_without_a_name_or_home_packs_read_only_images(
 @pytest.mark.parametrize("command", ["check", "stats"])
 def test_other_commands_need_few_open_files(place: Path, command: str):
     """An image that could not be opened was counted as one that cannot be decoded."""
-    limited, free = (run(through, "shards", command, str(place / "shards")) for through in (FEW_FILES, ()))
-    assert (limited.returncode, limited.stderr) == (0, "")
-    assert f"{SHARDS} images" in limited.stdout
-    if command == "stats":
-        assert limited.stdout == free.stdout
+    result = run(FEW_FILES, "shards", command, str(place / "shards"), "--workers", "1")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"{SHARDS} images" in result.stdout
+    assert "could not be decoded" not in result.stdout
