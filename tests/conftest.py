@@ -40,14 +40,14 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real pictures beside the checkout; tests that ask for it are skipped where it is absent."""
+    """The folder of real images beside the checkout; tests that ask for it are skipped where it is absent."""
     if not SHARED_DATA.is_dir():
-        pytest.skip(f"no real pictures: {SHARED_DATA} is not there")
+        pytest.skip(f"no real images: {SHARED_DATA} is not there")
     return SHARED_DATA
 
 
-def class_picture(label: int, number: int, size: tuple[int, int]) -> Image.Image:
-    """A smooth RGB picture of `size` (width, height) pixels, alike within a label and different between numbers."""
+def class_image(label: int, number: int, size: tuple[int, int]) -> Image.Image:
+    """A smooth RGB image of `size` (width, height) pixels, alike within a label and different between numbers."""
     rng = np.random.default_rng([label, number])
     x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
     waves = [np.sin((label + 1) * 5 * (x * rng.uniform(0.5, 1) + y) + rng.uniform(0, 6)) for _ in range(3)]
@@ -65,7 +65,7 @@ def make_class_folders(tmp_path: Path) -> Callable[..., Path]:
             for number in range(per_class):
                 rng = np.random.default_rng([seed, label, number])
                 width, height = (int(side) for side in rng.integers(32, 97, 2))
-                class_picture(label, number, (width, height)).save(folder / f"{number:04d}.jpg", quality=90)
+                class_image(label, number, (width, height)).save(folder / f"{number:04d}.jpg", quality=90)
         return tmp_path / name
 
     return make

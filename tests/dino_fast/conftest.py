@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
-def labelled_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 small labelled pictures: class 0 dark with bright bars, class 1 the reverse. Not to be changed."""
-    folder = tmp_path_factory.mktemp("labelled")
+def labeled_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 small labeled images: class 0 dark with bright bars, class 1 the reverse. Not to be changed."""
+    folder = tmp_path_factory.mktemp("labeled")
     for label in range(2):
         (folder / "images" / f"class_{label}").mkdir(parents=True)
         for number in range(20):
@@ -28,8 +28,8 @@ def labelled_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
             height, width = rng.integers(48, 96, 2)
             levels = np.full((height, width, 3), 40 + 170 * label) + rng.normal(0, 15, (height, width, 3))
             levels[:: int(rng.integers(6, 12))] = 220 - 170 * label
-            picture = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-            picture.save(folder / "images" / f"class_{label}" / f"{number:02d}.jpg", quality=92)
+            image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+            image.save(folder / "images" / f"class_{label}" / f"{number:02d}.jpg", quality=92)
     out = folder / "shards"
     assert make_shards(["pack", str(folder / "images"), str(out), "--shard-size", "50kB", "--workers", "1"]) == 0
     return out
@@ -44,22 +44,22 @@ TINY = (
 
 
 @pytest.fixture
-def train_here(labelled_shards: Path) -> Callable[..., int]:
+def train_here(labeled_shards: Path) -> Callable[..., int]:
     """A function that runs a tiny training in this process; returns its exit status."""
 
     def train(output: Path, *arguments: str) -> int:
-        return main([*TINY, "--data.train", str(labelled_shards), "--output", str(output), *arguments])
+        return main([*TINY, "--data.train", str(labeled_shards), "--output", str(output), *arguments])
 
     return train
 
 
 @pytest.fixture
-def run(labelled_shards: Path, tmp_path: Path) -> Callable[..., "Run"]:
+def run(labeled_shards: Path, tmp_path: Path) -> Callable[..., "Run"]:
     """A function that starts a tiny training command in a process group of its own; all are killed at the end."""
     started: list[Run] = []
 
     def start(*arguments: str, output: str = "run", ranks: int = 1, tiny: bool = True) -> Run:
-        data = ["--data.train", str(labelled_shards), "--output", str(tmp_path / output)] if tiny else []
+        data = ["--data.train", str(labeled_shards), "--output", str(tmp_path / output)] if tiny else []
         started.append(Run([*(TINY if tiny else ()), *data, *arguments], ranks))
         return started[-1]
 

@@ -76,14 +76,14 @@ def test_ranks_of_torchrun_in_a_job_with_many_tasks_are_no_error(environment) ->
 
 
 def test_train_and_doctor_under_srun_end_in_one_line_and_write_nothing(
-    environment, train_here, labelled_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    environment, train_here, labeled_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     environment({"SLURM_NTASKS": "8"})
     assert train_here(tmp_path / "run") == 1
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("dino-fast train: SLURM_NTASKS is 8")
     assert not (tmp_path / "run").exists()
-    assert dino_fast(["doctor", "--data", str(labelled_shards), "--device", "cpu"]) == 1
+    assert dino_fast(["doctor", "--data", str(labeled_shards), "--device", "cpu"]) == 1
     assert capsys.readouterr().err.startswith("dino-fast doctor: SLURM_NTASKS is 8")
 
 
@@ -106,10 +106,10 @@ def test_the_flag_of_the_old_launcher_is_ignored_and_the_first_rank_says_so(
 
 
 @pytest.mark.slow
-def test_the_old_launcher_starts_two_ranks(labelled_shards: Path, tmp_path: Path) -> None:
+def test_the_old_launcher_starts_two_ranks(labeled_shards: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.launch", "--nproc_per_node", "2"]
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    where = ["--data.train", str(labelled_shards), "--output", str(tmp_path / "run"), "--max_steps", "1"]
+    where = ["--data.train", str(labeled_shards), "--output", str(tmp_path / "run"), "--max_steps", "1"]
     command += ["-m", "dino_fast.train", *TINY, *where]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

@@ -38,8 +38,8 @@ def test_missing_and_unfinished_data(refused, tmp_path: Path):
     assert "make-shards pack" in refused("--data.train", str(tmp_path / "empty"))
 
 
-def test_stale_index(refused, labelled_shards: Path, tmp_path: Path):
-    stale = shutil.copytree(labelled_shards, tmp_path / "stale")
+def test_stale_index(refused, labeled_shards: Path, tmp_path: Path):
+    stale = shutil.copytree(labeled_shards, tmp_path / "stale")
     data = bytearray((stale / "index.npy").read_bytes())
     data[-1] ^= 1
     (stale / "index.npy").write_bytes(data)
@@ -91,7 +91,7 @@ def test_a_batch_with_two_values_for_batch_norm_trains(train_here, tmp_path: Pat
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp1252"])
-def test_an_output_that_lacks_characters_gets_others(encoding: str, labelled_shards: Path, tmp_path: Path):
+def test_an_output_that_lacks_characters_gets_others(encoding: str, labeled_shards: Path, tmp_path: Path):
     """Plots have other characters, and single ones become question marks. `--help` and a run have some, too."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding, "COLUMNS": "80"}
     flags = ["--config", str(ROOT / "configs" / "debug.yaml"), "--images", "1000", "--optim.warmup_epochs", "2"]
@@ -130,14 +130,14 @@ def test_a_gpu_that_is_not_there(refused):
     assert "torch sees no NVIDIA GPU" in refused("--device", "cuda")
 
 
-def test_another_recipe_or_other_data_in_the_output(refused, train_here, labelled_shards: Path, tmp_path: Path, capsys):
+def test_another_recipe_or_other_data_in_the_output(refused, train_here, labeled_shards: Path, tmp_path: Path, capsys):
     assert train_here(tmp_path / "run", "--max_steps", "2") == 0
     capsys.readouterr()
     line = refused("--max_steps", "3", "--optim.lr", "0.5", "--seed", "3")
     assert "optim.lr: 0.03 -> 0.5" in line
     assert "seed: 0 -> 3" in line
     assert "--accept_changes true" in line
-    forge(shutil.copytree(labelled_shards, tmp_path / "other"), fingerprint="0" * 64)
+    forge(shutil.copytree(labeled_shards, tmp_path / "other"), fingerprint="0" * 64)
     assert "holds other data" in refused("--max_steps", "3", "--data.train", str(tmp_path / "other"))
     assert train_here(tmp_path / "run", "--max_steps", "3", "--optim.lr", "0.5", "--accept_changes", "true") == 0
     assert "optim.lr: 0.03 -> 0.5" in capsys.readouterr().out
@@ -189,12 +189,12 @@ def as_nobody(arguments: list[str], folder: Path) -> subprocess.CompletedProcess
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_an_output_without_permission(labelled_shards: Path, tmp_path: Path):
+def test_an_output_without_permission(labeled_shards: Path, tmp_path: Path):
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
     config = Path(__file__).resolve().parents[2] / "configs" / "debug.yaml"
     result = as_nobody(
-        ["train", "--config", str(config), "--data.train", str(labelled_shards), "--output", str(closed / "run")],
+        ["train", "--config", str(config), "--data.train", str(labeled_shards), "--output", str(closed / "run")],
         tmp_path,
     )
     assert result.returncode == 1
@@ -238,11 +238,11 @@ def test_a_disk_that_stays_full_ends_in_a_line_and_the_run_goes_on_after(
         (["--checkpoint", "weights.pt"], "it holds no teacher"),
     ],
 )
-def test_knn_with_a_wrong_checkpoint(labelled_shards: Path, tmp_path: Path, monkeypatch, capsys, arguments, words: str):
+def test_knn_with_a_wrong_checkpoint(labeled_shards: Path, tmp_path: Path, monkeypatch, capsys, arguments, words: str):
     monkeypatch.chdir(tmp_path)
     Path("text.pt").write_text("hello")
     torch.save({"conv1.weight": torch.zeros(3)}, "weights.pt")
-    data = ["--train", str(labelled_shards), "--val", str(labelled_shards)]
+    data = ["--train", str(labeled_shards), "--val", str(labeled_shards)]
     assert dino_fast(["knn", *arguments, *data]) == 1
     errors = capsys.readouterr().err.strip()
     assert words in errors

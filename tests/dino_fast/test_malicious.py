@@ -172,9 +172,9 @@ def test_settings_that_are_passed_over_do_not_come_to_life(tmp_path: Path) -> No
 
 
 def test_the_commands_on_malicious_checkpoints(
-    tmp_path: Path, marker: Path, labelled_shards: Path, train_here, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, marker: Path, labeled_shards: Path, train_here, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = ["--train", str(labelled_shards), "--val", str(labelled_shards)]
+    data = ["--train", str(labeled_shards), "--val", str(labeled_shards)]
     for weapon in weapons(marker).values():
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         path = as_checkpoint(tmp_path / "run", zipped(weapon))
@@ -226,7 +226,7 @@ def test_recipes(
 # ---- Shards
 
 
-def pictures() -> dict[str, bytes]:
+def images() -> dict[str, bytes]:
     files = {}
     for number in range(6):
         buffer = io.BytesIO()
@@ -239,7 +239,7 @@ def pictures() -> dict[str, bytes]:
 
 @pytest.fixture
 def tainted(tmp_path: Path, marker: Path) -> Path:
-    """A folder with a WebDataset tar in whose samples lie, beside pictures and labels, pickles by all their names."""
+    """A folder with a WebDataset tar in whose samples lie, beside images and labels, pickles by all their names."""
     weapon = Weapon(os.system, f"touch {marker}")
     buffer = io.BytesIO()
     np.save(buffer, np.array([weapon], object), allow_pickle=True)
@@ -250,7 +250,7 @@ def tainted(tmp_path: Path, marker: Path) -> Path:
         "json": json.dumps({"__reduce__": f"os.system('touch {marker}')"}).encode(),
     }
     files = dict[str, bytes]()
-    for name, data in pictures().items():
+    for name, data in images().items():
         files[name] = data
         if name.endswith(".cls"):
             files |= {name.replace("cls", extension): load for extension, load in loads.items()}
@@ -263,7 +263,7 @@ def test_pickles_in_samples_are_passed_over(
     tmp_path: Path, marker: Path, tainted: Path, train_here, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From indexing to a score: what is not asked for is not read."""
-    jpegs = [data for name, data in pictures().items() if name.endswith(".jpg")]
+    jpegs = [data for name, data in images().items() if name.endswith(".jpg")]
     packed = tmp_path / "packed"
     assert make_shards(["index", str(tainted), "--workers", "1"]) == 0
     assert make_shards(["check", str(tainted), "--workers", "1"]) == 0
@@ -282,10 +282,10 @@ def test_pickles_in_samples_are_passed_over(
 
 
 @pytest.mark.parametrize("name", ["jpg", "cls", "json"])
-def test_a_pickle_in_the_place_of_a_picture_or_a_label(
+def test_a_pickle_in_the_place_of_an_image_or_a_label(
     tmp_path: Path, marker: Path, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = {"000.jpg": pictures()["000.jpg"], f"000.{name}": pickle.dumps(Weapon(os.system, f"touch {marker}"), 2)}
+    files = {"000.jpg": images()["000.jpg"], f"000.{name}": pickle.dumps(Weapon(os.system, f"touch {marker}"), 2)}
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "a.tar").write_bytes(tar_of(files))
     for command in (["index", str(tmp_path / "tars")], ["pack", str(tmp_path / "tars"), str(tmp_path / "out")]):
@@ -294,8 +294,8 @@ def test_a_pickle_in_the_place_of_a_picture_or_a_label(
 
 
 @pytest.fixture
-def finished(tmp_path: Path, labelled_shards: Path) -> Path:
-    return shutil.copytree(labelled_shards, tmp_path / "finished")
+def finished(tmp_path: Path, labeled_shards: Path) -> Path:
+    return shutil.copytree(labeled_shards, tmp_path / "finished")
 
 
 def require_refused(folder: Path, word: str, train_here, capsys: pytest.CaptureFixture[str]) -> None:
@@ -369,7 +369,7 @@ def test_a_table_whose_columns_are_of_a_pickled_type(
         "ARROW:extension:metadata": pickle.dumps(Weapon(os.system, f"touch {marker}"), 0),
     }
     schema = arrow.schema([arrow.field("image", arrow.binary(), metadata=kind)])
-    table = arrow.table([[pictures()["000.jpg"]] * 3], schema=schema)
+    table = arrow.table([[images()["000.jpg"]] * 3], schema=schema)
     parquet.write_table(table, tmp_path / "table.parquet")
     status = make_shards(["pack", str(tmp_path / "table.parquet"), str(tmp_path / "out"), "--workers", "1"])
     errors = capsys.readouterr().err

@@ -147,13 +147,13 @@ def join_by_cable(names: list[str]) -> None:
 
 
 @pytest.fixture
-def node(start, labelled_shards: Path, tmp_path: Path) -> Callable[..., Job]:
+def node(start, labeled_shards: Path, tmp_path: Path) -> Callable[..., Job]:
     """A function that starts the torchrun of one machine, with one rank, for a tiny run."""
 
     def begin(machine: Machine, *arguments: str, output: str) -> Job:
         elastic = ["--nnodes", "2", "--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"]
         command = [*machine.prefix, sys.executable, "-m", "torch.distributed.run", *elastic, *machine.rendezvous]
-        data = ["--data.train", str(labelled_shards), "--output", str(tmp_path / output)]
+        data = ["--data.train", str(labeled_shards), "--output", str(tmp_path / output)]
         # What the README says: without it an agent that comes later waits for an address that nobody sends.
         environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", **dict(machine.environment)}
         return start([*command, "-m", "dino_fast.train", *TINY, *data, *arguments], **environment)
@@ -231,7 +231,7 @@ eval "$BEHAVIOUR"
 
 
 @pytest.fixture
-def sbatch(start, tmp_path: Path, labelled_shards: Path) -> Callable[..., Job]:
+def sbatch(start, tmp_path: Path, labeled_shards: Path) -> Callable[..., Job]:
     """A function that runs the batch script as Slurm's batch shell would, on two nodes of one rank each.
 
     The lines after its EDIT marks are changed as a user would change them. `behaviour` is what a stand-in for torchrun
@@ -245,7 +245,7 @@ def sbatch(start, tmp_path: Path, labelled_shards: Path) -> Callable[..., Job]:
             if name != "torchrun" or behaviour is not None:
                 (tools / name).write_text(text)
                 (tools / name).chmod(0o755)
-        words = " ".join(f"'{word}'" for word in (*TINY, "--data.train", str(labelled_shards), *arguments))
+        words = " ".join(f"'{word}'" for word in (*TINY, "--data.train", str(labeled_shards), *arguments))
         script = SBATCH.read_text()
         for pattern, line in (
             (r"(?m)^source .*$", ":"),

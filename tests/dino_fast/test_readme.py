@@ -17,6 +17,6 @@ def test_the_backbone_comes_out_of_a_checkpoint_as_the_documentation_says(train_
     names: dict = {}
     exec(snippet, names)
     ours, _, _ = load_backbone(output, "teacher")
-    pictures = torch.randn(3, 3, 48, 48)
+    images = torch.randn(3, 3, 48, 48)
     with torch.no_grad():
-        torch.testing.assert_close(names["backbone"](pictures), ours.eval()(pictures))
+        torch.testing.assert_close(names["backbone"](images), ours.eval()(images))

@@ -90,7 +90,7 @@ def test_fp16_trains_with_a_scaler(train_here, tmp_path: Path):
 
 
 def test_two_ranks_are_one_with_the_same_global_batch(run, tmp_path: Path):
-    """Real torchrun, gloo, synchronised batch norm, in float32. The first forward alone rounds to 3e-6 apart, and every
+    """Real torchrun, gloo, synchronized batch norm, in float32. The first forward alone rounds to 3e-6 apart, and every
     update multiplies that, so few steps are compared; test_step.py compares in float64, to 1e-7."""
     options = ("--max_steps", "4", "--head.batch_norm", "true", "--optim.lr", "1e-3", "--crops.local_size", "32")
     one, two = run(*options, output="one"), run(*options, output="two", ranks=2)
@@ -160,7 +160,7 @@ def test_two_ranks_resume(run, tmp_path: Path):
 
 
 def test_a_run_goes_on_with_another_number_of_ranks(run, tmp_path: Path):
-    """1, then 2, then 1 ranks: the same pictures, and losses within 1e-4 of a run by one alone."""
+    """1, then 2, then 1 ranks: the same images, and losses within 1e-4 of a run by one alone."""
     options = ("--optim.lr", "1e-3", "--head.batch_norm", "true", "--crops.local_size", "32", "--max_steps")
     whole = run(*options, "6", output="whole")
     for stop, ranks in (("2", 1), ("4", 2), ("6", 1)):
@@ -174,11 +174,11 @@ def test_a_run_goes_on_with_another_number_of_ranks(run, tmp_path: Path):
 
 
 def test_a_run_scores_itself_shows_its_crops_and_begins_with_another(
-    train_here, labelled_shards: Path, tmp_path: Path, capsys
+    train_here, labeled_shards: Path, tmp_path: Path, capsys
 ):
     """The second run's first score is that of the first run's weights after a step at a rate of next to nothing."""
-    pictures = labelled_shards.parent / "images"
-    assert make_shards(["pack", str(pictures), str(tmp_path / "both"), "--split-val", "0.4"]) == 0
+    images = labeled_shards.parent / "images"
+    assert make_shards(["pack", str(images), str(tmp_path / "both"), "--split-val", "0.4"]) == 0
     knn = ("--knn.train", str(tmp_path / "both" / "train"), "--knn.val", str(tmp_path / "both" / "val"), "--knn.k", "3")
     common = (*knn, "--knn.every", "4 steps", "--max_steps", "8")
     assert train_here(tmp_path / "first", *common, "--dump_crops", "true") == 0
@@ -235,16 +235,16 @@ def test_on_a_terminal_there_is_a_bar_with_the_figures_below(train_here, tmp_pat
     assert all(len(line.rstrip()) <= 80 for line in shown if "━" in line or "img/s" in line)
 
 
-def test_knn_scores_a_run(train_here, labelled_shards: Path, tmp_path: Path, capsys):
+def test_knn_scores_a_run(train_here, labeled_shards: Path, tmp_path: Path, capsys):
     assert train_here(tmp_path / "run", "--max_steps", "2") == 0
     capsys.readouterr()
-    data = ["--train", str(labelled_shards), "--val", str(labelled_shards)]
+    data = ["--train", str(labeled_shards), "--val", str(labeled_shards)]
     arguments = ["knn", "--checkpoint", str(tmp_path / "run"), *data, "--json", str(tmp_path / "score.json")]
     assert dino_fast([*arguments, "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     score = json.loads((tmp_path / "score.json").read_text())
     assert (score["resize"], score["crop"], score["step"], score["network"]) == (37, 32, 2, "teacher")
     assert sorted(map(int, score["knn"])) == [10, 20, 100, 200]
-    # Dark and bright pictures, each of them among its own neighbours: any features tell them apart.
+    # Dark and bright images, each of them among its own neighbors: any features tell them apart.
     assert score["knn"]["10"]["top1"] > 90
     assert f"top-1 {score['knn']['10']['top1']:6.2f} %" in printed

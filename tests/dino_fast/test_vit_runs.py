@@ -59,8 +59,8 @@ def test_a_compiled_run_is_the_plain_one(train_here, tmp_path: Path):
     assert read_losses(tmp_path / "compiled") == pytest.approx(read_losses(tmp_path / "plain"), rel=1e-3)
 
 
-def test_a_run_is_scored_planned_and_passed_on(train_here, labelled_shards: Path, tmp_path: Path, capsys):
-    shards = str(labelled_shards)
+def test_a_run_is_scored_planned_and_passed_on(train_here, labeled_shards: Path, tmp_path: Path, capsys):
+    shards = str(labeled_shards)
     assert train_here(tmp_path / "run", *VIT, "--max_steps", "2") == 0
     scores = ["--train", shards, "--val", shards, "--device", "cpu", "--json", str(tmp_path / "knn.json")]
     assert dino_fast(["knn", "--checkpoint", str(tmp_path / "run"), *scores]) == 0

@@ -12,9 +12,9 @@ from signal import SIGKILL, Signals
 
 import pytest
 
-from tests.dino_fast.conftest import ROOT, TINY, descendants, labelled_shards, train_here
+from tests.dino_fast.conftest import ROOT, TINY, descendants, labeled_shards, train_here
 
-__all__ = ["Process", "labelled_shards", "train_here"]  # the fixtures among them serve here, too
+__all__ = ["Process", "labeled_shards", "train_here"]  # the fixtures among them serve here, too
 
 TRAIN = ("-m", "dino_fast.train")
 
@@ -91,7 +91,7 @@ class Process:
 
 
 @pytest.fixture
-def start(labelled_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+def start(labeled_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """A function that starts the tiny training command; what is left of it is killed at the end.
 
     output: a name below the test's folder, or a path; before: between python and the command's own arguments.
@@ -102,7 +102,7 @@ def start(labelled_shards: Path, tmp_path: Path) -> Iterator[Callable[..., Proce
         *arguments: str, output: str | Path = "run", before: Sequence[str] = TRAIN, **environment: str
     ) -> Process:
         command = [sys.executable, "-W", "error::UserWarning", *before, *TINY]
-        command += ["--data.train", str(labelled_shards), "--output", str(tmp_path / output), *arguments]
+        command += ["--data.train", str(labeled_shards), "--output", str(tmp_path / output), *arguments]
         environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
         started.append(Process(command, environment, tmp_path / f"process-{len(started)}"))
         return started[-1]

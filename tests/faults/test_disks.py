@@ -184,9 +184,9 @@ def test_where_all_are_damaged_the_run_says_so_and_touches_nothing(train_here, t
     assert path.read_bytes() == before
 
 
-def test_a_disk_too_full_to_print_to_does_not_end_a_run(labelled_shards: Path, tmp_path: Path):
+def test_a_disk_too_full_to_print_to_does_not_end_a_run(labeled_shards: Path, tmp_path: Path):
     """As with `nohup … > run.log` on the disk that is full."""
-    command = [sys.executable, "-m", "dino_fast.train", *TINY, "--data.train", str(labelled_shards)]
+    command = [sys.executable, "-m", "dino_fast.train", *TINY, "--data.train", str(labeled_shards)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with open("/dev/full", "w") as full:
         done = subprocess.run(

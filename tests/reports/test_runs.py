@@ -19,9 +19,9 @@ import torch
 
 from dino_fast import checkpoint
 from shards.__main__ import main as make_shards
-from tests.dino_fast.conftest import labelled_shards, train_here
+from tests.dino_fast.conftest import labeled_shards, train_here
 
-__all__ = ["labelled_shards", "train_here"]  # the fixtures, which serve here, too
+__all__ = ["labeled_shards", "train_here"]  # the fixtures, which serve here, too
 
 ODD_NAME = "my data, Größe 2 $HOME 'x' 🙂"
 
@@ -42,7 +42,7 @@ def test_another_length_or_batch_is_refused_with_both_values(train_here, tmp_pat
 
 
 def test_a_run_and_its_data_may_be_moved(
-    train_here, labelled_shards: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
+    train_here, labeled_shards: Path, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):
     """Paths with blanks, quotes and letters of other alphabets; links; and relative paths from another folder.
 
@@ -51,7 +51,7 @@ def test_a_run_and_its_data_may_be_moved(
     assert train_here(tmp_path / "run", "--max_steps", "1") == 0
     (tmp_path / "disk" / ODD_NAME).mkdir(parents=True)
     shutil.move(tmp_path / "run", tmp_path / "disk" / ODD_NAME / "run")
-    shutil.copytree(labelled_shards, tmp_path / "disk" / ODD_NAME / "shards")
+    shutil.copytree(labeled_shards, tmp_path / "disk" / ODD_NAME / "shards")
     (tmp_path / "link").symlink_to(Path("disk", ODD_NAME))
     monkeypatch.chdir(tmp_path / "disk")
     capsys.readouterr()

@@ -40,11 +40,11 @@ def advise(data: DataRecipe, machine: Machine = ON_GPU, crops: CropRecipe | None
     return " ".join(give_advice(changed, data, crops or CropRecipe(), machine))
 
 
-def test_the_command_measures_every_stage(labelled_shards: Path, tmp_path: Path, capsys):
-    before = sorted(path.name for path in labelled_shards.iterdir())
+def test_the_command_measures_every_stage(labeled_shards: Path, tmp_path: Path, capsys):
+    before = sorted(path.name for path in labeled_shards.iterdir())
     file = tmp_path / "figures.jsonl"
     calls = [*TINY, "--output", str(tmp_path / "run"), "--seconds", "0.2", "--json", str(file)]
-    assert dino_fast(["doctor", "--data", str(labelled_shards), *calls]) == 0
+    assert dino_fast(["doctor", "--data", str(labeled_shards), *calls]) == 0
     out = capsys.readouterr().out
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     stages = {row["stage"]: row for row in rows}
@@ -54,17 +54,17 @@ def test_the_command_measures_every_stage(labelled_shards: Path, tmp_path: Path,
     assert stages[LOADER]["times_training_step"] == pytest.approx(
         stages[LOADER]["images_per_s"] / stages[STEP]["images_per_s"]
     )
-    with ShardIndex(labelled_shards) as index:
+    with ShardIndex(labeled_shards) as index:
         mean = index.records["size"].mean() / 1e6
     assert stages[MEMORY]["mb_per_s"] == pytest.approx(stages[MEMORY]["images_per_s"] * mean)
     assert "times as fast" in out
     assert "share the CPU cores" in out
     assert not (tmp_path / "run").exists()
-    assert sorted(path.name for path in labelled_shards.iterdir()) == before
+    assert sorted(path.name for path in labeled_shards.iterdir()) == before
 
 
-def test_whole_shards_are_read_where_the_recipe_does_so(labelled_shards: Path, capsys):
-    data = ["--data.train", str(labelled_shards), "--data.order", "shards", "--data.shuffle_window", "2"]
+def test_whole_shards_are_read_where_the_recipe_does_so(labeled_shards: Path, capsys):
+    data = ["--data.train", str(labeled_shards), "--data.order", "shards", "--data.shuffle_window", "2"]
     assert (
         dino_fast(["doctor", *TINY, *data, "--seconds", "0.05", "--data.decode", "torch", "--crops.locals", "0"]) == 0
     )
@@ -72,8 +72,8 @@ def test_whole_shards_are_read_where_the_recipe_does_so(labelled_shards: Path, c
 
 
 @pytest.mark.gpu
-def test_a_gpu_has_its_stages(labelled_shards: Path, capsys):
-    data = ["--data", str(labelled_shards), "--device", "cuda", "--precision", "bf16", "--data.decode", "dali"]
+def test_a_gpu_has_its_stages(labeled_shards: Path, capsys):
+    data = ["--data", str(labeled_shards), "--device", "cuda", "--precision", "bf16", "--data.decode", "dali"]
     assert dino_fast(["doctor", *TINY, *data, "--seconds", "0.2"]) == 0
     out = capsys.readouterr().out
     assert all(stage in out for stage in (DALI_CPU, DALI_SPLIT, DALI_GPU, TORCH, "cuda:0"))

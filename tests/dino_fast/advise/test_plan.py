@@ -116,13 +116,13 @@ def test_the_expected_number_of_checkpoints_is_kept(
     assert most <= expected["peak_disk_bytes"] <= expected["kept"] + 1
 
 
-def test_a_run_does_what_the_plan_says(train_here, labelled_shards: Path, tmp_path: Path, capsys):
+def test_a_run_does_what_the_plan_says(train_here, labeled_shards: Path, tmp_path: Path, capsys):
     options = [
         "--max_steps", "7", "--checkpoint.every", "3 steps", "--checkpoint.keep", "1", "--checkpoint.keep_every",
         "4 steps",
     ]  # fmt: skip
     file, output = tmp_path / "plan.json", tmp_path / "run"
-    asked = [*TINY, "--data.train", str(labelled_shards), "--output", str(output), *options, "--json", str(file)]
+    asked = [*TINY, "--data.train", str(labeled_shards), "--output", str(output), *options, "--json", str(file)]
     out = run_plan(capsys, *asked)
     assert "unknown; to estimate it, pass --images-per-s" in out
     assert "max_steps ends it early: the schedules are for 20 steps" in out
@@ -136,7 +136,7 @@ def test_a_run_does_what_the_plan_says(train_here, labelled_shards: Path, tmp_pa
     assert plan["checkpoints"]["kept"] == 2
     assert plan["checkpoints"]["disk_bytes"] == pytest.approx(sum(path.stat().st_size for path in files), rel=0.01)
     assert plan["data"]["images"] == 40
-    with ShardIndex(labelled_shards) as index:
+    with ShardIndex(labeled_shards) as index:
         assert plan["data"]["bytes_per_epoch"] == pytest.approx(index.records["size"].sum(), abs=1)
 
     # Now there is a logged speed, and after it the cut-off last line of a killed run.

@@ -209,16 +209,16 @@ class Brightness(nn.Module):
 
 
 @pytest.fixture
-def bright_only(labelled_shards: Path, tmp_path: Path) -> Path:
-    """Pack only class 1 of `labelled_shards`, which has the number 0 here."""
-    shutil.copytree(labelled_shards.parent / "images" / "class_1", tmp_path / "images" / "class_1")
+def bright_only(labeled_shards: Path, tmp_path: Path) -> Path:
+    """Pack only class 1 of `labeled_shards`, which has the number 0 here."""
+    shutil.copytree(labeled_shards.parent / "images" / "class_1", tmp_path / "images" / "class_1")
     assert make_shards(["pack", str(tmp_path / "images"), str(tmp_path / "bright"), *PACK, "folders"]) == 0
     return tmp_path / "bright"
 
 
-def test_val_may_have_a_subset_of_the_classes(labelled_shards: Path, bright_only: Path):
+def test_val_may_have_a_subset_of_the_classes(labeled_shards: Path, bright_only: Path):
     protocol = LinearProtocol((0.1, 0.3))
-    with ShardIndex(labelled_shards) as both, ShardIndex(bright_only) as bright:
+    with ShardIndex(labeled_shards) as both, ShardIndex(bright_only) as bright:
         assert bright.classes == ("class_1",)
         found = features.compute_features(Brightness(), both, bright, 37, 32, CPU)
         assert (found.classes, found.val_labels.tolist()) == (2, [1] * 20)
@@ -235,18 +235,18 @@ def test_a_single_class_is_always_right(bright_only: Path):
         ]
 
 
-def test_a_diverged_backbone_is_refused(labelled_shards: Path):
+def test_a_diverged_backbone_is_refused(labeled_shards: Path):
     with (
-        ShardIndex(labelled_shards) as index,
+        ShardIndex(labeled_shards) as index,
         pytest.raises(UserError, match="features of its backbone are not finite"),
     ):
         evaluate_linear(Brightness(float("nan")), index, index, 37, 32, CPU, LinearProtocol())
 
 
-def test_the_command_scores_a_run(train_here, labelled_shards: Path, tmp_path: Path, capsys):
+def test_the_command_scores_a_run(train_here, labeled_shards: Path, tmp_path: Path, capsys):
     assert train_here(tmp_path / "run", "--max_steps", "2") == 0
     capsys.readouterr()
-    data = ["--train", str(labelled_shards), "--val", str(labelled_shards), "--device", "cpu"]
+    data = ["--train", str(labeled_shards), "--val", str(labeled_shards), "--device", "cpu"]
     command = ["linear", "--checkpoint", str(tmp_path / "run"), *data, "--batch", "16", "--lrs", "0.001,0.03,1"]
     command += ["--epochs", "10", "--seed", "5"]
     for file in "once.json", "again.json":
@@ -271,12 +271,12 @@ def test_the_command_scores_a_run(train_here, labelled_shards: Path, tmp_path: P
 
 
 @pytest.fixture
-def refused(labelled_shards: Path, capsys):
+def refused(labeled_shards: Path, capsys):
     """Return a function that expects the command to fail, and returns its one line."""
 
     def refuse(*arguments: str, status: int = 1) -> str:
         try:
-            found = dino_fast(["linear", "--train", str(labelled_shards), "--val", str(labelled_shards), *arguments])
+            found = dino_fast(["linear", "--train", str(labeled_shards), "--val", str(labeled_shards), *arguments])
         except SystemExit as error:
             found = error.code
         assert found == status
@@ -308,7 +308,7 @@ def test_a_misspelled_flag_gets_a_suggestion(refused):
     assert "unknown flag --zzz. See dino-fast linear --help." in refused("--checkpoint", "x.pt", "--zzz", status=2)
 
 
-def test_failures_are_one_line(refused, train_here, labelled_shards: Path, tmp_path: Path, capsys):
+def test_failures_are_one_line(refused, train_here, labeled_shards: Path, tmp_path: Path, capsys):
     assert "nowhere.pt: no such checkpoint" in refused("--checkpoint", str(tmp_path / "nowhere.pt"))
     assert "does not exist. Create it first." in refused(
         "--checkpoint", "x.pt", "--json", str(tmp_path / "no" / "score.json")
@@ -316,7 +316,7 @@ def test_failures_are_one_line(refused, train_here, labelled_shards: Path, tmp_p
     assert "is a folder. Name a file in it." in refused("--checkpoint", "x.pt", "--json", str(tmp_path))
     assert train_here(tmp_path / "run", "--max_steps", "1") == 0
     unlabeled = tmp_path / "unlabeled"
-    assert make_shards(["pack", str(labelled_shards.parent / "images"), str(unlabeled), *PACK, "flat"]) == 0
+    assert make_shards(["pack", str(labeled_shards.parent / "images"), str(unlabeled), *PACK, "flat"]) == 0
     capsys.readouterr()
     run = ["--checkpoint", str(tmp_path / "run")]
     assert "--resize 32 is smaller" in refused(*run, "--resize", "32", "--crop", "40")

@@ -1,4 +1,4 @@
-"""The head: its published names, weight normalisation against torch's own, and the precision of its logits."""
+"""The head: its published names, weight normalization against torch's own, and the precision of its logits."""
 
 from dataclasses import replace
 

@@ -28,7 +28,7 @@ def _images() -> list[torch.Tensor]:
     return made
 
 
-def _normalised(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _normalized(images: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """As the loader hands them over: [N, 3, S, S], channels-last."""
     out = torch.empty(images.shape, dtype=dtype).permute(0, 3, 1, 2)
     normalize(images, out)
@@ -42,7 +42,7 @@ def _read(path: Path) -> np.ndarray:
 
 
 def _cut(sheet: np.ndarray, row: int, view: int) -> np.ndarray:
-    """The crop of a view of the picture in a row; what is cut out is set to the background."""
+    """The crop of a view of the image in a row; what is cut out is set to the background."""
     globals_, (large, small) = VIEWS[0], SIDES
     before = min(view, globals_) * (large + GAP) + max(0, view - globals_) * (small + GAP)
     side = large if view < globals_ else small
@@ -58,7 +58,7 @@ def _cut(sheet: np.ndarray, row: int, view: int) -> np.ndarray:
 def test_levels_come_back_where_they_belong(tmp_path: Path, dtype: torch.dtype, count: int) -> None:
     images = _images()
     path = tmp_path / "crops.png"
-    save_crop_sheet(path, *(_normalised(crops, dtype) for crops in images), batch=BATCH, images=count)
+    save_crop_sheet(path, *(_normalized(crops, dtype) for crops in images), batch=BATCH, images=count)
     sheet, rows = _read(path), min(count, BATCH)
     assert sheet.shape == (GAP + rows * (32 + GAP), GAP + 2 * (32 + GAP) + 3 * (24 + GAP), 3)
     by_view = [crops.unflatten(0, (-1, BATCH)) for crops in images]
@@ -72,7 +72,7 @@ def test_levels_come_back_where_they_belong(tmp_path: Path, dtype: torch.dtype, 
 
 def test_without_local_crops_a_row_has_two(tmp_path: Path) -> None:
     globals_ = _images()[0]
-    save_crop_sheet(tmp_path / "crops.png", _normalised(globals_, torch.float32), None, BATCH)
+    save_crop_sheet(tmp_path / "crops.png", _normalized(globals_, torch.float32), None, BATCH)
     sheet = _read(tmp_path / "crops.png")
     assert sheet.shape == (GAP + BATCH * (32 + GAP), GAP + 2 * (32 + GAP), 3)
     assert np.array_equal(_cut(sheet, 4, 1), globals_[BATCH + 4].numpy())
@@ -93,13 +93,13 @@ PLAIN = PhotometricRecipe(
 )
 
 
-@pytest.mark.parametrize("colours", [PLAIN, PhotometricRecipe()])
+@pytest.mark.parametrize("colors", [PLAIN, PhotometricRecipe()])
 def test_through_the_loader_it_is_what_the_networks_see(
-    labelled_shards: Path, tmp_path: Path, colours: PhotometricRecipe
+    labeled_shards: Path, tmp_path: Path, colors: PhotometricRecipe
 ) -> None:
-    with ShardIndex(labelled_shards) as index:
+    with ShardIndex(labeled_shards) as index:
         loader = Loader(
-            index, DataRecipe(threads=1), CROPS, colours, batch=6, seed=3, device=torch.device("cpu"),
+            index, DataRecipe(threads=1), CROPS, colors, batch=6, seed=3, device=torch.device("cpu"),
             dtype=torch.float32,
         )  # fmt: skip
         (batch,) = loader.batches(2, 3)
@@ -115,14 +115,14 @@ def test_through_the_loader_it_is_what_the_networks_see(
                 views, number = (batch.globals, view) if view < 2 else (batch.locals, view - 2)
                 given = views[number * 6 + row].double().permute(1, 2, 0).numpy()
                 assert np.abs(cut - (given * STD + MEAN) * 255).max() < 1e-3
-                if colours is PLAIN:  # the picture itself, cut by nothing of the loader's
+                if colors is PLAIN:  # the image itself, cut by nothing of the loader's
                     window = tuple(places[view, row].tolist())
                     levels = crop(decode(index.read([id])[0]), window, side).permute(1, 2, 0)
                     assert np.array_equal(cut, levels.numpy())
 
 
 def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    globals_, locals_ = (_normalised(crops, torch.float32) for crops in _images())
+    globals_, locals_ = (_normalized(crops, torch.float32) for crops in _images())
     for given in ((globals_, locals_, 10), (globals_, locals_, 1), (globals_, locals_[:-1], 5)):
         with pytest.raises(ValueError, match=r"global crops and .* local ones are not those of"):
             save_crop_sheet(tmp_path / "crops.png", *given)
@@ -130,7 +130,7 @@ def test_a_batch_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_refused_write_leaves_the_sheet_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, globals_ = tmp_path / "crops.png", _normalised(_images()[0], torch.float32)
+    path, globals_ = tmp_path / "crops.png", _normalized(_images()[0], torch.float32)
     save_crop_sheet(path, globals_, None, BATCH)
     before = path.read_bytes()
 

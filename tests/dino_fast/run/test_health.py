@@ -57,11 +57,11 @@ def _step(
 
 
 def _batches() -> Iterator[Tensor]:
-    """Two shifted views, with noise, of each of some random smooth pictures: [2·B, 3, 32, 32], without end."""
+    """Two shifted views, with noise, of each of some random smooth images: [2·B, 3, 32, 32], without end."""
     r = torch.Generator().manual_seed(0)
-    pictures = F.interpolate(torch.randn(128, 3, 6, 6, generator=r), size=(40, 40), mode="bicubic")
+    images = F.interpolate(torch.randn(128, 3, 6, 6, generator=r), size=(40, 40), mode="bicubic")
     while True:
-        some = pictures[torch.randperm(len(pictures), generator=r)[:BATCH]]
+        some = images[torch.randperm(len(images), generator=r)[:BATCH]]
         views = []
         for _ in range(2):
             top, left = torch.randint(8, (2,), generator=r).tolist()
@@ -115,12 +115,12 @@ def test_targets_of_known_spread() -> None:
     kl, entropy = measure_targets(torch.zeros(10, K), center, 0.04)
     assert kl.item() == pytest.approx(0, abs=1e-5)
     assert entropy.item() == pytest.approx(math.log(K))
-    for used in (1, 2, 8):  # prototypes, by 16 pictures alike
+    for used in (1, 2, 8):  # prototypes, by 16 images alike
         sharp = 100 * F.one_hot(torch.arange(16) % used, K).float()
         kl, entropy = measure_targets(sharp, center, 0.04)
         assert kl.item() == pytest.approx(math.log(K / used), rel=1e-5)
         assert entropy.item() == 0
-        kl, entropy = measure_targets(sharp, sharp[:1], 0.04)  # the centre makes what all have in common even
+        kl, entropy = measure_targets(sharp, sharp[:1], 0.04)  # the center makes what all have in common even
         assert kl.item() == pytest.approx(0, abs=1e-5) if used == 1 else kl.item() > 1
 
 
@@ -242,8 +242,8 @@ def test_compiled_backbones_are_not_compiled_again() -> None:
         plain(globals_, None, HYPER)
         step(globals_, None, HYPER)
         graphs.append(counters["stats"]["unique_graphs"])
-        for pictures in (globals_, globals_[:6]):  # of a batch of another size too
-            found, expected = probe(step, pictures, 0.04), probe(plain, pictures, 0.04)
+        for images in (globals_, globals_[:6]):  # of a batch of another size too
+            found, expected = probe(step, images, 0.04), probe(plain, images, 0.04)
             graphs.append(counters["stats"]["unique_graphs"])
             torch.testing.assert_close(torch.stack(found), torch.stack(expected), rtol=1e-2, atol=1e-2)
     assert graphs == [2] * 6  # the student's and the teacher's
@@ -377,7 +377,7 @@ def test_a_hot_teacher_collapses_to_even_targets() -> None:
     assert last.target_kl < 0.02
 
 
-def test_without_a_centre_all_targets_become_one_prototype() -> None:
+def test_without_a_center_all_targets_become_one_prototype() -> None:
     kinds, last = _train(_step(center_momentum=1.0), replace(HYPER, teacher_temp=0.02), 15)
     assert kinds == ["one-point collapse"]
     assert last.target_kl > EVEN - 0.01
@@ -388,7 +388,7 @@ def test_an_enormous_rate_makes_all_features_one() -> None:
     assert "dimensional collapse" in kinds
 
 
-def test_lengths_that_are_learned_too_fast_make_the_centre_grow() -> None:
+def test_lengths_that_are_learned_too_fast_make_the_center_grow() -> None:
     kinds, last = _train(_step(norm_last_layer=False), replace(HYPER, lr=50.0), 20)
     assert "growing center" in kinds
     assert last.center_norm > math.sqrt(K)

@@ -138,7 +138,7 @@ def _rank(rank: int, folder: Path) -> None:
 
 
 @pytest.mark.slow  # two processes that start a compiler
-def test_synchronised_batch_norm_compiles_whole(tmp_path: Path) -> None:
+def test_synchronized_batch_norm_compiles_whole(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
     command = [sys.executable, __file__]
     running = [subprocess.Popen([*command, str(rank), str(tmp_path)], env=environment) for rank in range(2)]

@@ -1,7 +1,7 @@
 """Three short runs through the real step against the numbers of the published code (tests/golden/reference_steps.json).
 
 All arithmetic is float64. Agreement here fixes the multi-crop grouping of batch norm, per-tensor clipping, the frozen
-last layer, the weight-decay groups, the schedules, the centre, the moving average and the three optimizers.
+last layer, the weight-decay groups, the schedules, the center, the moving average and the three optimizers.
 """
 
 import json
@@ -75,9 +75,9 @@ def testmake_schedules(replay: Replay) -> None:
             assert getattr(row["hyper"], name) == pytest.approx(expected[name], rel=1e-12), name
 
 
-def test_centre(replay: Replay) -> None:
+def test_center(replay: Replay) -> None:
     for row, expected in zip(replay.steps, replay.reference["steps"], strict=True):
-        assert_summary(row["center"], expected["center"], 1e-9, f"centre after step {expected['step']}")
+        assert_summary(row["center"], expected["center"], 1e-9, f"center after step {expected['step']}")
 
 
 @pytest.mark.parametrize("network", ["student", "teacher"])
@@ -108,7 +108,7 @@ def test_the_kernels_keep_to_it_in_float32(run: dict[str, Any], steps: int, monk
     for t, expected in zip(range(steps), run["steps"], strict=False):
         globals_, locals_ = (views.float() for views in draw_inputs(t, run["config"]))
         out = step(globals_, locals_, schedules.at(t))
-        # Float32's rounding grows from step to step: these batch norms see four pictures.
+        # Float32's rounding grows from step to step: these batch norms see four images.
         assert out.loss.item() == pytest.approx(expected["loss"], rel=1e-5 * 3**t), t
         norm = step.center.double().norm().item()
         assert norm == pytest.approx(expected["center"]["norm"], rel=1e-4 * 3**t), t

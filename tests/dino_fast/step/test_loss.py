@@ -1,4 +1,4 @@
-"""The loss and the centre against the form in which they were published: two loops over pairs of views."""
+"""The loss and the center against the form in which they were published: two loops over pairs of views."""
 
 import math
 
@@ -93,14 +93,14 @@ def test_entropy_at_both_collapses_and_between() -> None:
     torch.testing.assert_close(teacher_entropy(teacher, center, 0.1), expected)
 
 
-def test_the_centre_is_a_moving_average_in_place() -> None:
+def test_the_center_is_a_moving_average_in_place() -> None:
     _, teacher, center = _draw(4, 2, 5, 6)
     expected = 0.9 * center + 0.1 * teacher.mean(0, keepdim=True)
     CenterUpdate(center, teacher_mean(teacher), 0.9).finish()
     torch.testing.assert_close(center, expected, rtol=1e-12, atol=0)
 
 
-def test_a_half_precision_teacher_moves_a_float32_centre() -> None:
+def test_a_half_precision_teacher_moves_a_float32_center() -> None:
     center = torch.zeros(1, 2)
     for _ in range(3):
         CenterUpdate(center, teacher_mean(torch.full((4, 2), 0.5, dtype=torch.bfloat16)), 0.9).finish()

@@ -73,7 +73,7 @@ def test_each_resolution_is_one_batch_and_the_head_sees_them_all() -> None:
     assert model.state_dict()["head.mlp.1.num_batches_tracked"] == 1
 
 
-def test_neighbours_of_one_resolution_are_joined() -> None:
+def test_neighbors_of_one_resolution_are_joined() -> None:
     model, _ = _networks(torch.float64)
     twin = copy.deepcopy(model)
     globals_, _ = _flat(_crops(0, torch.float64))
@@ -107,7 +107,7 @@ def test_a_frozen_last_layer_does_not_move_and_the_rest_does() -> None:
     assert not torch.equal(before["head.mlp.0.weight"], after["head.mlp.0.weight"])
 
 
-def test_the_loss_is_of_the_centre_before_the_step() -> None:
+def test_the_loss_is_of_the_center_before_the_step() -> None:
     step, other = _step(dtype=torch.float64), _step(dtype=torch.float64)
     nn.init.normal_(other.center)
     crops = _flat(_crops(0, torch.float64))
@@ -301,7 +301,7 @@ def _channels_last(x: Tensor | None) -> bool:
     return x is not None and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_a_batch_in_parts_has_the_loss_centre_and_gradients_of_all_of_it() -> None:
+def test_a_batch_in_parts_has_the_loss_center_and_gradients_of_all_of_it() -> None:
     step, twin = _step(dtype=torch.float64), _step(dtype=torch.float64)
     step.accumulate = 2
     globals_, locals_ = _crops(0, torch.float64)

@@ -19,7 +19,7 @@ from tests.shards.fuzz import encode, photo, png, whole_files
 
 FILES = {name: data for name, data in whole_files().items() if name not in ("moving.png", "tiny.jpg")}
 KINDS = sorted(name for name in FILES if not name.startswith("tiny"))
-GREY = {"gray.jpg", "gray.png", "gray16.png", "gray alpha.png", "two levels.png", "interlaced gray16.png"}
+GRAY = {"gray.jpg", "gray.png", "gray16.png", "gray alpha.png", "two levels.png", "interlaced gray16.png"}
 
 
 def shrunk(data: bytes, short_side: int, quality: int = 90) -> bytes:
@@ -55,7 +55,7 @@ def test_levels_are_those_of_training_smaller_and_gray_stays_gray(name: str):
     data = FILES[name]
     with pytest.warns(UserWarning, match="Palette") if name == "clear palette.png" else contextlib.nullcontext():
         levels = decode_for_training(data).permute(1, 2, 0).numpy()
-    image = Image.fromarray(levels[..., 0] if name in GREY else levels).resize((27, 20), Image.Resampling.LANCZOS)
+    image = Image.fromarray(levels[..., 0] if name in GRAY else levels).resize((27, 20), Image.Resampling.LANCZOS)
     exif = make_exif(read_info(data).orientation)
     assert shrunk(data, 20, quality=70) == encode(image, "JPEG", quality=70, subsampling=2, exif=exif)
 
