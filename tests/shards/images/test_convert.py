@@ -81,7 +81,7 @@ def clear() -> Image.Image:
         (photo(), {"compression": "jpeg"}, "RGB"),
         (photo(), {"save_all": True, "append_images": [photo(30, 20, seed=1)]}, "RGB"),
     ],
-    ids=str,
+    ids=["gray", "1-bit", "gray with alpha", "RGBA", "CMYK", "palette", "LZW", "JPEG", "two pages"],
 )
 def test_tiff_of_every_kind(image: Image.Image, options: dict[str, object], mode: str) -> None:
     data = encode(image, "TIFF", **options)
