@@ -22,7 +22,7 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch._dynamo.utils import counters
 from torchvision import transforms
 
@@ -35,6 +35,7 @@ from pipelines.photometric import MEAN, STD
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex
+from tests.chain import Chain
 from tests.dino_fast.test_train import rows_of
 
 CPU = torch.device("cpu")
@@ -67,14 +68,9 @@ def _recipe(shards: tuple[Path, Path], **changes: Any) -> KnnRecipe:
     return KnnRecipe(**{"train": str(shards[0]), "val": str(shards[1]), "images": 500, "k": 5, **changes})
 
 
-class _Chain(nn.Sequential):
-    def forward(self, input: Tensor) -> Tensor:  # one of its own: torch 2.11 does not compile that of nn.Sequential
-        return super().forward(input)
-
-
 def _backbone() -> nn.Module:
     torch.manual_seed(0)
-    backbone = _Chain(
+    backbone = Chain(
         nn.Conv2d(3, 8, 5, stride=3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(),
     )  # fmt: skip
     backbone(torch.randn(16, 3, CROP, CROP) + 0.2)  # running statistics of its own

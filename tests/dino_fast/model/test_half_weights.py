@@ -14,20 +14,16 @@ from dino_fast.step.hyper import Hyper
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
 from dino_fast.step.train_step import TrainStep
+from tests.chain import Chain
 from tests.interpreted import kernels
 
 HALVES = [torch.bfloat16, torch.float16]
 HYPER = Hyper(lr=0.01, weight_decay=1e-2, momentum=0.9, teacher_temp=0.05, freeze_last_layer=False)
 
 
-class _Chain(nn.Sequential):
-    def forward(self, input: Tensor) -> Tensor:  # one of its own: torch 2.11 does not compile that of nn.Sequential
-        return super().forward(input)
-
-
 def _network() -> nn.Module:
     torch.manual_seed(0)
-    return _Chain(
+    return Chain(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1, bias=False), nn.Flatten(), nn.Linear(64, 5)
     ).to(memory_format=torch.channels_last)  # fmt: skip
 
