@@ -2,13 +2,15 @@
 
 PYTHON ?= python3
 EXTRAS ?= dali,dev
+# The file of pinned versions. Each has an environment of its own: constraints-gpu.txt has .venv-gpu.
+CONSTRAINTS ?= constraints.txt
 
-VENV := .venv
+VENV := $(subst .venv-constraints,.venv,.venv-$(basename $(notdir $(CONSTRAINTS))))
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.set-up-for
 # What the stamp holds: a change in any of it means that the set-up is out of date. Contents, because a fresh clone's
 # file times say nothing.
-WANTED = { cat pyproject.toml constraints.txt; echo "$(EXTRAS)"; pwd; } | cksum
+WANTED = { cat pyproject.toml "$(CONSTRAINTS)"; echo "$(EXTRAS)"; pwd; } | cksum
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -19,9 +21,10 @@ help: ## list these commands
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1|\2/p' Makefile | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
 
 setup: ## create or update .venv (nothing to do when it is up to date)
-	@if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$($(WANTED))" ] && [ -x $(PY) ]; then exit 0; fi; \
+	@fail() { echo "make: $$1" >&2; exit 1; }; \
+	[ -f "$(CONSTRAINTS)" ] || fail "CONSTRAINTS=$(CONSTRAINTS) is no file; name one, such as constraints-gpu.txt"; \
+	if [ "$$(cat $(STAMP) 2>/dev/null)" = "$$($(WANTED))" ] && [ -x $(PY) ]; then exit 0; fi; \
 	set -e; \
-	fail() { echo "make: $$1" >&2; exit 1; }; \
 	if ! $(PY) -m pip --version >/dev/null 2>&1; then \
 	  command -v "$(PYTHON)" >/dev/null 2>&1 \
 	    || fail "$(PYTHON) was not found; install Python 3.10 or newer, or name one: make PYTHON=python3.11 ..."; \
@@ -33,15 +36,15 @@ setup: ## create or update .venv (nothing to do when it is up to date)
 	fi; \
 	echo "setting up $(VENV) (the first time this downloads several gigabytes)"; \
 	rm -f $(STAMP); \
-	$(PY) -m pip install --quiet -c constraints.txt setuptools; \
-	$(PY) -m pip install -c constraints.txt --no-build-isolation -e ".[$(EXTRAS)]"; \
+	$(PY) -m pip install --quiet -c "$(CONSTRAINTS)" setuptools; \
+	$(PY) -m pip install -c "$(CONSTRAINTS)" --no-build-isolation -e ".[$(EXTRAS)]"; \
 	$(WANTED) > $(STAMP).new; mv $(STAMP).new $(STAMP)
 
 demo: setup ## draw, pack, train and score on the CPU; IMAGES=/some/folder takes your own images
 	@$(PY) -m dino_fast.demo $(if $(IMAGES),--images "$$IMAGES")
 
 # Most tests wait for a process or keep one core busy: two at a time take little more than half as long.
-test: setup ## the tests that take seconds
+test: setup ## the tests that take seconds; CONSTRAINTS=constraints-gpu.txt: with the versions of the GPU machine
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
 
 slow: setup ## the tests that take minutes
@@ -56,7 +59,7 @@ types: setup ## mypy
 
 docs: setup ## write the generated pages, and build the documentation into site/
 	@$(PY) -c "import material" 2>/dev/null \
-	  || $(PY) -m pip install --quiet -c constraints.txt --no-build-isolation -e ".[$(EXTRAS),docs]"
+	  || $(PY) -m pip install --quiet -c "$(CONSTRAINTS)" --no-build-isolation -e ".[$(EXTRAS),docs]"
 	@$(PY) -m docs.generate
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --quiet --strict -f - < docs/mkdocs.yml
 
