@@ -279,7 +279,6 @@ def find_contradictions(recipe: Recipe) -> Iterator[str]:
     if not recipe.output:
         yield "output is empty: name a folder for checkpoints and metrics, such as runs/mine"
     yield from config_checks.check_crops(recipe.crops)
-    yield from config_checks.check_patches(recipe.backbone, recipe.crops)
     yield from config_checks.check_augmentation(recipe.augment)
     yield from config_checks.check_data(recipe.data)
     yield from config_checks.check_lengths(recipe.epochs, {name: look_up(recipe, name) for name in PHASES})

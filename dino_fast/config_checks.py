@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 
 from dino_fast.durations import Duration, parse
-from dino_fast.model.backbones import find_patch
 from dino_fast.model.head import HeadRecipe
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe
@@ -22,12 +21,6 @@ def check_crops(crops: CropRecipe) -> Iterator[str]:
             f"crops.local_size = {crops.local_size} is larger than crops.global_size = {crops.global_size}: local "
             "views are the small ones. Swap the two, or lower local_size."
         )
-
-
-def check_patches(backbone: str, crops: CropRecipe) -> Iterator[str]:
-    patch, smallest = find_patch(backbone), min(crops.sizes)
-    if patch is not None and smallest < patch:
-        yield f"crops of {smallest} pixels are smaller than the patches of {backbone}, {patch} pixels. Make them larger"
 
 
 def check_augmentation(augment: PhotometricRecipe) -> Iterator[str]:
