@@ -40,7 +40,16 @@ def assert_digest(tensor: Tensor, expected: dict[str, Any], tolerance: float = 1
     assert flat[: len(first)].tolist() == pytest.approx(first, rel=tolerance, abs=tolerance)
 
 
-@pytest.mark.parametrize("model", GOLDEN["models"], ids=lambda model: f"{model['arch']}-{model['patch_size']}")
+def list_models() -> list[Any]:
+    """Return the golden models. The largest is slow."""
+    models = {f"{model['arch']}-{model['patch_size']}": model for model in GOLDEN["models"]}
+    return [
+        pytest.param(model, id=name, marks=[pytest.mark.slow] if name == "vit_small-8" else [])
+        for name, model in models.items()
+    ]
+
+
+@pytest.mark.parametrize("model", list_models())
 @torch.no_grad()
 def test_the_published_figures(model: dict[str, Any]):
     network = build(model["arch"], model["patch_size"])

@@ -127,6 +127,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(train_here, tmp_pat
     assert "There was no checkpoint yet to go back to" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_fp16_goes_back_with_the_loss_scale_of_the_checkpoint(train_here, tmp_path: Path, monkeypatch):
     # From 65536, the search for the scale may end where one version of torch still overflows at times. The first bad
     # step halves 64, so that the checkpoint's scale is not the first one.

@@ -182,7 +182,10 @@ def test_the_clock_tells_the_parts_of_the_last_step() -> None:
 
 # What rounding to 8 and 11 bits costs in 18 layers whose batch norms see as few as 12 values: the measured
 # differences are at most 2 % and 0.2 % of the loss, 0.13 and 0.02 nats of entropy.
-@pytest.mark.parametrize(("precision", "loss", "entropy"), [("bf16", 4e-2, 0.25), ("fp16", 5e-3, 0.04)])
+@pytest.mark.parametrize(
+    ("precision", "loss", "entropy"),
+    [("bf16", 4e-2, 0.25), pytest.param("fp16", 5e-3, 0.04, marks=pytest.mark.slow)],  # CPUs emulate fp16
+)
 def test_lower_precision_stays_close_to_float32(precision: Precision, loss: float, entropy: float) -> None:
     exact, rounded = _step(), _scaled_to_fit(precision)
     still = replace(HYPER, lr=0.0)  # the weights stay, so that differences do not feed on themselves
@@ -203,7 +206,7 @@ def _scaled_to_fit(precision: Precision, **options: Any) -> TrainStep:
     return step
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_master_weights_stay_float32_and_move(precision: Precision) -> None:
     step = _scaled_to_fit(precision)
     before = copy.deepcopy(step.student.state_dict())
@@ -262,7 +265,10 @@ def test_a_state_without_a_loss_scale_begins_a_new_one() -> None:
     assert (state["scale"], state["_growth_tracker"]) == (65536, 0)
 
 
-@pytest.mark.parametrize(("precision", "name"), [("fp32", "adamw"), ("fp16", "sgd"), ("bf16", "lars")])
+FP16_SGD = pytest.param("fp16", "sgd", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("precision", "name"), [("fp32", "adamw"), FP16_SGD, ("bf16", "lars")])
 def test_a_restored_step_goes_on_bit_for_bit(precision: Precision, name: str, tmp_path: Path) -> None:
     step = _scaled_to_fit(precision, name=name)
     step(*_flat(_crops(0, batch=2)), HYPER)
