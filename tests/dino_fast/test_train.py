@@ -212,7 +212,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_run_ends_the_same(train_here,
     capsys.readouterr()
     assert train_here(tmp_path / "run") == 0
     printed = capsys.readouterr().out
-    assert f"{last.name} is damaged: put aside" in printed
+    assert f"{last.name} is damaged" in printed
     assert "resumed from step 6" in printed
     assert (tmp_path / "run" / f"damaged-{last.name}").exists()
     assert_equal_runs(tmp_path / "whole", tmp_path / "run")
