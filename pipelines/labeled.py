@@ -5,6 +5,7 @@ Images are resized, cropped around the center and normalized.
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,25 +25,40 @@ from shards.index import BadSample, ShardIndex
 _LONGEST = 8
 
 
+@dataclass(frozen=True)
+class CenterCrop:
+    """How an image is prepared for an evaluation."""
+
+    resize: int
+    """short side of the resized image, pixels"""
+    crop: int
+    """side of the center that is cut out of it, pixels"""
+    normalization: Normalization = IMAGENET
+    """that of the backbone's training"""
+
+
+def choose_resize(crop: int) -> int:
+    """Return the short side of the resized image for a center crop, in the published ratio of 256 to 224 pixels."""
+    return round(crop * 256 / 224)
+
+
 def load_labeled_batches(
-    index: ShardIndex, batch: int, resize: int, crop: int, threads: int, normalization: Normalization = IMAGENET
+    index: ShardIndex, batch: int, center: CenterCrop, threads: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images [B, 3, crop, crop], float32, channels-last, and their labels [B], int64, both on the CPU.
 
     `threads` threads make the batches ahead. The last batch may be smaller. Raises UserError, which names the sample,
     if a sample cannot be read.
     """
-    batches = _make_batches(index, batch, resize, crop, threads, normalization)
+    batches = _make_batches(index, batch, center, threads)
     with Prefetcher(batches, 2, "reading evaluation batches") as prefetched:
         yield from prefetched
 
 
-def _make_batches(
-    index: ShardIndex, batch: int, resize: int, crop: int, threads: int, normalization: Normalization
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _make_batches(index: ShardIndex, batch: int, center: CenterCrop, threads: int) -> Iterator[tuple[Tensor, Tensor]]:
     def load_image(number: int) -> Tensor:
         try:
-            return resize_and_crop(_decode_sample(index, number), resize, crop)
+            return resize_and_crop(_decode_sample(index, number), center.resize, center.crop)
         except BadSample as error:
             raise UserError(f"{index.folder}: cannot read {error}. Run `make-shards check {index.folder}`") from error
 
@@ -50,8 +66,8 @@ def _make_batches(
         for first in range(0, len(index), batch):
             numbers = range(first, min(first + batch, len(index)))
             images = torch.stack(list(pool.map(load_image, numbers)))
-            out = torch.empty(len(numbers), 3, crop, crop).contiguous(memory_format=torch.channels_last)
-            normalize(images, out, normalization)
+            out = torch.empty(len(numbers), 3, center.crop, center.crop).contiguous(memory_format=torch.channels_last)
+            normalize(images, out, center.normalization)
             yield out, torch.from_numpy(np.asarray(index.labels[first : first + len(numbers)], np.int64))
 
 

@@ -26,6 +26,7 @@ from dino_fast.evaluate.knn import evaluate_knn
 from dino_fast.run.build import build_train_step
 from dino_fast.run.command import accept_any_encoding, lock_output
 from dino_fast.train import train
+from pipelines.labeled import CenterCrop, choose_resize
 from shards.errors import UserError
 from shards.storage.lock import lock_folder
 from shards.text import escape_unprintable
@@ -135,7 +136,8 @@ def score_teacher(sets: ImageSets, recipe: Recipe, checkpoint: Path | None) -> f
     else:
         backbone = load_backbone(checkpoint, "teacher")[0]
     crop = recipe.crops.global_size
-    scores = evaluate_knn(backbone, sets.train, sets.val, round(crop * 256 / 224), crop, torch.device("cpu"))
+    center = CenterCrop(choose_resize(crop), crop, recipe.data.normalization)
+    scores = evaluate_knn(backbone, sets.train, sets.val, center, torch.device("cpu"))
     top1 = scores[K].top1
     say(f"k-NN (k = {K}) {'before' if checkpoint is None else 'after'} training: {top1:.1f} %")
     return top1

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from dino_fast.evaluate.features import load_backbone, read_normalization
+from pipelines.labeled import CenterCrop, choose_resize
 from shards.argument_types import Parser
 from shards.argument_types import parse_path as parse_path_or_url
 from shards.errors import UserError
@@ -118,20 +119,20 @@ def _parse_pixels(text: str) -> int:
     return int(text)
 
 
-def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, dict[str, Any]]:
+def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     """Load the backbone that the flags of an `EvaluationParser` name.
 
-    Return it with what a result's JSON begins with: checkpoint, step, network, resize, crop, mean, std. Raises
-    UserError for flags that do not fit each other or the files.
+    Return it with how images are prepared for it, and what a result's JSON begins with: checkpoint, step, network,
+    resize, crop, mean, std. Raises UserError for flags that do not fit each other or the files.
     """
     check_json_file(options.json)
     backbone, recipe, step = load_backbone(options.checkpoint, options.network)
     crop = options.crop or recipe["crops"]["global_size"]
-    resize = options.resize or round(crop * 256 / 224)
+    resize = options.resize or choose_resize(crop)
     if resize < crop:
         raise UserError(f"--resize {resize} is smaller than the crop of {crop} pixels. Raise it, or lower --crop.")
     normalization = read_normalization(recipe)
-    return backbone, {
+    return backbone, CenterCrop(resize, crop, normalization), {
         "checkpoint": str(options.checkpoint), "step": step, "network": options.network, "resize": resize, "crop": crop,
         "mean": normalization.mean, "std": normalization.std,
     }  # fmt: skip

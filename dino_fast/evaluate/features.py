@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from dino_fast import checkpoint
 from dino_fast.model.backbones import build_backbone
-from pipelines.labeled import load_labeled_batches
+from pipelines.labeled import CenterCrop, load_labeled_batches
 from pipelines.loader import count_default_threads
-from pipelines.photometric import IMAGENET, MEAN, STD, Normalization
+from pipelines.photometric import MEAN, STD, Normalization
 from shards.errors import UserError
 from shards.index import ShardIndex
 
@@ -85,22 +85,16 @@ class Features:
 
 
 def compute_features(
-    backbone: nn.Module,
-    train: ShardIndex,
-    val: ShardIndex,
-    resize: int,
-    crop: int,
-    device: torch.device,
-    normalization: Normalization = IMAGENET,
+    backbone: nn.Module, train: ShardIndex, val: ShardIndex, center: CenterCrop, device: torch.device
 ) -> Features:
     """Compute the backbone's features of both sets, on the device, or on the CPU where they do not fit there.
 
-    resize and crop: pixels, as in `extract_features`. Raises UserError, before it computes anything, for samples
+    Raises UserError, before it computes anything, for samples
     without labels and for classes that only `val` has.
     """
     train_numbers = torch.tensor(_match_classes(train, val))
     (train_features, train_labels), (val_features, val_labels) = (
-        extract_features(backbone, index, resize, crop, device, normalization) for index in (train, val)
+        extract_features(backbone, index, center, device) for index in (train, val)
     )
     home = train_features.device if train_features.device == val_features.device else torch.device("cpu")
     val_labels = train_numbers.to(val_labels.device)[val_labels]
@@ -126,22 +120,16 @@ def _match_classes(train: ShardIndex, val: ShardIndex) -> list[int]:
 
 @torch.inference_mode()
 def extract_features(
-    backbone: nn.Module,
-    index: ShardIndex,
-    resize: int,
-    crop: int,
-    device: torch.device,
-    normalization: Normalization = IMAGENET,
+    backbone: nn.Module, index: ShardIndex, center: CenterCrop, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Compute features [N, D], float32, and labels [N], int64, of every sample.
 
-    resize: short side of the resized image, pixels; crop: side of the center crop, pixels; normalization: that of the
-    backbone's training. The results are on the
+    The results are on the
     device if they fit into half of its free memory, else on the CPU. The backbone stays in evaluation mode: batch
     norms use their running statistics.
     """
     backbone.to(device).to(memory_format=torch.channels_last).eval()
-    batches = load_labeled_batches(index, BATCH_SIZE, resize, crop, count_default_threads(), normalization)
+    batches = load_labeled_batches(index, BATCH_SIZE, center, count_default_threads())
     total, done = -(-len(index) // BATCH_SIZE), 0
     features = torch.empty(0)
     for images, _ in show_progress(batches, f"features of {index.folder}", total):

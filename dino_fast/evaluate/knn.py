@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dino_fast.distributed import choose_device
 from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from
 from dino_fast.evaluate.features import check_labels, compute_features
-from pipelines.photometric import IMAGENET, Normalization
+from pipelines.labeled import CenterCrop
 from shards.index import ShardIndex
 
 KS = (10, 20, 100, 200)
@@ -75,16 +75,10 @@ def _count_hits(weights: Tensor, neighbor_labels: Tensor, labels: Tensor, classe
 
 
 def evaluate_knn(
-    backbone: nn.Module,
-    train: ShardIndex,
-    val: ShardIndex,
-    resize: int,
-    crop: int,
-    device: torch.device,
-    normalization: Normalization = IMAGENET,
+    backbone: nn.Module, train: ShardIndex, val: ShardIndex, center: CenterCrop, device: torch.device
 ) -> dict[int, KnnScore]:
     """Score a backbone's features of `val` against those of `train`. Raises UserError where the classes do not fit."""
-    found = compute_features(backbone, train, val, resize, crop, device, normalization)
+    found = compute_features(backbone, train, val, center, device)
     return score_weighted_knn(found.train, found.train_labels, found.val, found.val_labels, found.classes)
 
 
@@ -110,13 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dino-fast knn`: print the scores of a checkpoint's backbone, and write them to --json FILE."""
     options = build_parser().parse_args(arguments)
-    backbone, evaluation = load_backbone_from(options)
-    resize, crop = evaluation["resize"], evaluation["crop"]
-    normalization = Normalization(evaluation["mean"], evaluation["std"])
+    backbone, center, evaluation = load_backbone_from(options)
     with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
-        scores = evaluate_knn(backbone, train, val, resize, crop, choose_device(options.device, 0), normalization)
+        scores = evaluate_knn(backbone, train, val, center, choose_device(options.device, 0))
         print(f"{options.network} after {evaluation['step']} steps: {len(train)} train and {len(val)} val images")
-        print(f"short side {resize}, center crop {crop}, temperature {TEMPERATURE}")
+        print(f"short side {center.resize}, center crop {center.crop}, temperature {TEMPERATURE}")
     for k, score in scores.items():
         print(f"k = {k:3d}: top-1 {score.top1:6.2f} %   top-5 {score.top5:6.2f} %")
     for line in explain_equal_rows(len(train), scores):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from dino_fast.distributed import choose_device
 from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from, parse_whole_number
 from dino_fast.evaluate.features import check_labels, compute_features, show_progress
-from pipelines.photometric import IMAGENET, Normalization
+from pipelines.labeled import CenterCrop
 from shards.errors import UserError
 from shards.index import ShardIndex
 
@@ -153,17 +153,15 @@ def evaluate_linear(
     backbone: nn.Module,
     train: ShardIndex,
     val: ShardIndex,
-    resize: int,
-    crop: int,
+    center: CenterCrop,
     device: torch.device,
     protocol: LinearProtocol,
-    normalization: Normalization = IMAGENET,
 ) -> list[LinearScore]:
     """Train heads on a backbone's features of `train` and score them on those of `val`: one score per learning rate.
 
     Raises UserError where the classes do not fit, or where features are not finite.
     """
-    found = compute_features(backbone, train, val, resize, crop, device, normalization)
+    found = compute_features(backbone, train, val, center, device)
     if not (found.train.sum() + found.val.sum()).isfinite():
         raise UserError(
             "--checkpoint: the features of its backbone are not finite, because the run diverged. Pass an earlier "
@@ -198,15 +196,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dino-fast linear`: print the scores of heads on a checkpoint's backbone, and write them to --json FILE."""
     options = build_parser().parse_args(arguments)
     protocol = LinearProtocol(options.lrs, options.epochs, options.batch, options.seed)
-    backbone, evaluation = load_backbone_from(options)
-    resize, crop = evaluation["resize"], evaluation["crop"]
+    backbone, center, evaluation = load_backbone_from(options)
     with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
         device = choose_device(options.device, 0)
-        normalization = Normalization(evaluation["mean"], evaluation["std"])
-        scores = evaluate_linear(backbone, train, val, resize, crop, device, protocol, normalization)
+        scores = evaluate_linear(backbone, train, val, center, device, protocol)
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
     print(f"{options.network} after {evaluation['step']} steps: {counts['train']} train and {counts['val']} val images")
-    print(f"short side {resize}, center crop {crop}, {counts['classes']} classes")
+    print(f"short side {center.resize}, center crop {center.crop}, {counts['classes']} classes")
     _print_scores(scores, protocol)
     if options.json:
         result = {

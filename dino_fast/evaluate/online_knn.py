@@ -21,7 +21,7 @@ from dino_fast.durations import Duration
 from dino_fast.evaluate.features import BATCH_SIZE
 from dino_fast.evaluate.knn import score_weighted_knn
 from dino_fast.model.backbones import evaluating
-from pipelines.labeled import load_labeled_batches
+from pipelines.labeled import CenterCrop, choose_resize, load_labeled_batches
 from pipelines.loader import count_default_threads
 from pipelines.photometric import IMAGENET, Normalization
 from shards.errors import UserError
@@ -78,14 +78,14 @@ class OnlineKnn:
     def __init__(
         self, recipe: KnnRecipe, global_size: int, ranks: Ranks, normalization: Normalization = IMAGENET
     ) -> None:
-        self._k, self._ranks, self._normalization = recipe.k, ranks, normalization
-        self._crop = recipe.crop or global_size
-        self._resize = recipe.resize or round(self._crop * 256 / 224)
-        if self._resize < self._crop:
+        self._k, self._ranks = recipe.k, ranks
+        crop = recipe.crop or global_size
+        resize = recipe.resize or choose_resize(crop)
+        if resize < crop:
             raise UserError(
-                f"--knn.resize {self._resize} is smaller than the crop of {self._crop} pixels. Raise it, or lower "
-                "--knn.crop."
+                f"--knn.resize {resize} is smaller than the crop of {crop} pixels. Raise it, or lower --knn.crop."
             )
+        self._center = CenterCrop(resize, crop, normalization)
         train, val = open_labeled_shards("train", recipe.train), open_labeled_shards("val", recipe.val)
         train_numbers = match_classes(train, val)
         self._classes = len(train.classes)
@@ -133,10 +133,7 @@ class OnlineKnn:
         """Compute the features of this rank's share of the samples: [n, D], float32, n the same on every rank."""
         subset = _Subset(samples.index, take_share(samples.ids, self._ranks))
         with samples.index:  # its files are closed between two scores
-            batches = load_labeled_batches(
-                cast(ShardIndex, subset), BATCH_SIZE, self._resize, self._crop, count_default_threads(),
-                self._normalization,
-            )  # fmt: skip
+            batches = load_labeled_batches(cast(ShardIndex, subset), BATCH_SIZE, self._center, count_default_threads())
             # `forward` goes around the compiled graph. A call would compile one more graph, for evaluation mode.
             features = [backbone.forward(images.to(self._ranks.device)).float() for images, _ in batches]
         return torch.cat(features)

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from pipelines.labeled import load_labeled_batches, resize_and_crop
+from pipelines.labeled import CenterCrop, load_labeled_batches, resize_and_crop
 from pipelines.photometric import MEAN, STD, Normalization
 from shards.index import ShardIndex
 
@@ -20,7 +20,7 @@ def resize_and_crop_by_pillow(image: Image.Image, resize: int, crop: int) -> np.
 
 
 def test_batches_are_every_sample_once_in_order(index: ShardIndex):
-    batches = list(load_labeled_batches(index, 16, 36, 32, threads=2))
+    batches = list(load_labeled_batches(index, 16, CenterCrop(36, 32), threads=2))
     assert [len(labels) for _, labels in batches] == [16, 16, 10]
     assert torch.equal(torch.cat([labels for _, labels in batches]), torch.from_numpy(index.labels.astype(np.int64)))
     images = torch.cat([images for images, _ in batches])
@@ -32,8 +32,8 @@ def test_batches_are_every_sample_once_in_order(index: ShardIndex):
 
 
 def test_batches_are_normalized_as_told(index: ShardIndex):
-    [(plain, _)] = list(load_labeled_batches(index, 100, 36, 32, 2))
-    [(told, _)] = list(load_labeled_batches(index, 100, 36, 32, 2, Normalization((0, 0, 0), (1, 1, 1))))
+    [(plain, _)] = list(load_labeled_batches(index, 100, CenterCrop(36, 32), 2))
+    [(told, _)] = list(load_labeled_batches(index, 100, CenterCrop(36, 32, Normalization((0, 0, 0), (1, 1, 1))), 2))
     levels = told.permute(0, 2, 3, 1) * 255
     assert (levels - levels.round()).abs().max() < 1e-3
     assert (levels - (plain.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)) * 255).abs().max() < 1e-3

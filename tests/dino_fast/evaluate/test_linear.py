@@ -23,6 +23,7 @@ from dino_fast.evaluate.linear import (
     score_heads,
     train_heads,
 )
+from pipelines.labeled import CenterCrop
 from pipelines.photometric import MEAN, STD
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
@@ -220,17 +221,17 @@ def test_val_may_have_a_subset_of_the_classes(labeled_shards: Path, bright_only:
     protocol = LinearProtocol((0.1, 0.3))
     with ShardIndex(labeled_shards) as both, ShardIndex(bright_only) as bright:
         assert bright.classes == ("class_1",)
-        found = features.compute_features(Brightness(), both, bright, 37, 32, CPU)
+        found = features.compute_features(Brightness(), both, bright, CenterCrop(37, 32), CPU)
         assert (found.classes, found.val_labels.tolist()) == (2, [1] * 20)
-        scores = evaluate_linear(Brightness(), both, bright, 37, 32, CPU, protocol)
+        scores = evaluate_linear(Brightness(), both, bright, CenterCrop(37, 32), CPU, protocol)
         assert scores == [LinearScore(lr, 100, 100) for lr in protocol.lrs]
         with pytest.raises(UserError, match=r"has classes that .* lacks: class_0"):
-            evaluate_linear(Brightness(), bright, both, 37, 32, CPU, protocol)
+            evaluate_linear(Brightness(), bright, both, CenterCrop(37, 32), CPU, protocol)
 
 
 def test_a_single_class_is_always_right(bright_only: Path):
     with ShardIndex(bright_only) as bright:
-        assert evaluate_linear(Brightness(), bright, bright, 37, 32, CPU, LinearProtocol((0.1,))) == [
+        assert evaluate_linear(Brightness(), bright, bright, CenterCrop(37, 32), CPU, LinearProtocol((0.1,))) == [
             LinearScore(0.1, 100, 100)
         ]
 
@@ -240,7 +241,7 @@ def test_a_diverged_backbone_is_refused(labeled_shards: Path):
         ShardIndex(labeled_shards) as index,
         pytest.raises(UserError, match="features of its backbone are not finite"),
     ):
-        evaluate_linear(Brightness(float("nan")), index, index, 37, 32, CPU, LinearProtocol())
+        evaluate_linear(Brightness(float("nan")), index, index, CenterCrop(37, 32), CPU, LinearProtocol())
 
 
 def test_the_command_scores_a_run(train_here, labeled_shards: Path, tmp_path: Path, capsys):

@@ -31,6 +31,7 @@ from dino_fast.evaluate.knn import evaluate_knn
 from dino_fast.evaluate.online_knn import KnnRecipe, OnlineKnn, divide_evenly, select_evenly, take_share
 from dino_fast.run.metrics import METRICS
 from dino_fast.run.signals import STOPPED_BY_SIGNAL, StopSignal
+from pipelines.labeled import CenterCrop
 from pipelines.photometric import MEAN, STD
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
@@ -113,7 +114,7 @@ def test_the_score_is_that_of_the_reference(shards: tuple[Path, Path], changes: 
 
 def test_over_all_images_it_is_the_score_of_the_command(shards: tuple[Path, Path]) -> None:
     with ShardIndex(shards[0]) as train, ShardIndex(shards[1]) as val:
-        expected = evaluate_knn(_backbone(), train, val, 50, 40, CPU)[20].top1
+        expected = evaluate_knn(_backbone(), train, val, CenterCrop(50, 40), CPU)[20].top1
     recipe = _recipe(shards, k=20, crop=40, resize=50)
     assert OnlineKnn(recipe, CROP, ALONE).score(_backbone()) == pytest.approx(expected)
 
