@@ -38,5 +38,8 @@ def combine(values: dict[str, list[Any]]) -> Iterator[tuple[str, DataRecipe]]:
 
 
 def read_combinations(options: argparse.Namespace) -> list[tuple[str, DataRecipe]]:
-    """Return the combinations of the settings on the command line."""
-    return list(combine({name: getattr(options, name) for name in SETTINGS}))
+    """Return the combinations of the settings on the command line. Raises SystemExit if none is left."""
+    found = list(combine({name: getattr(options, name) for name in SETTINGS}))
+    if not found:
+        raise SystemExit("--decode torch decodes and crops on the CPU. Pass --decode_device cpu")
+    return found

@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench import peers
 from bench.data_settings import add_data_settings, read_combinations
-from bench.kernel_classes import make_kernel_rows
+from bench.kernel_classes import list_launches, make_kernel_rows
 from bench.peer_views import Views as PeerViews
 from bench.records import make_records, report, save_partial, to_json_lines
 from bench.step_arms import ARM_KINDS, Step, Views, make_loader_views
@@ -148,11 +148,8 @@ def profile_arms(arms: dict[str, Callable[[], Figures]], setup: Setup) -> Iterat
     for name, arm in arms.items():
         with profile(activities=[ProfilerActivity.CUDA]) as profiler:
             arm()
-        # Annotations span kernels, and would count them twice.
-        events = [event for event in profiler.events() if event.device_type.name == "CUDA"]
-        timed = [(event.name, event.time_range.elapsed_us() / 1e3) for event in events if not event.is_user_annotation]
         steps = setup.steps + (WARM_UP if name.startswith(FED) else 0)
-        for row in make_kernel_rows(name, timed):
+        for row in make_kernel_rows(name, list_launches(profiler)):
             yield row | {"launches": row["launches"] / steps, "ms": row["ms"] / steps}
 
 

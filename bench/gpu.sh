@@ -20,9 +20,7 @@
 #   train        60 steps of a ResNet-50 from shards
 #   loader       three arms of the loader, each by itself
 #   sweep        the loader by the share of the hardware decoder
-#   places       the loader by where it decodes and crops, and by which library
 #   end-to-end   loader and step together, by where images are decoded; with a table of all kernels. ARM: the step's arm
-#   fed-sweep    loader and step together by the share of the hardware decoder and the length of queues
 #   learn        LEARN_S seconds of configs/imagenette_resnet18.yaml with EPOCHS (100), with k-NN scores. SIGTERM ends
 #                it with a checkpoint below LEARN_RUN, from which the same command goes on
 #   score        k-NN of that checkpoint, and the teacher's backbone in float16, in pieces of 15 MiB
@@ -318,7 +316,7 @@ train() { # As a user would start it
     keep_file "$scratch/run/metrics.jsonl" train-gpu.jsonl
 }
 loader() {
-    local arm arms=(dali-gpu "hybrid, torch" "DALI's own operators, GPU")
+    local arm arms=(dali-split dali-gpu "DALI's own operators, GPU")
     [ "$dry" = 1 ] && arms=(dali-cpu torch "DALI's own operators")
     for arm in "${arms[@]}"; do
         records=loader run_bench "loader-${arm//[^a-zA-Z]/-}" 25 12 loader "$(find_shards)" --arm "$arm" \
@@ -329,21 +327,11 @@ sweep() {
     run_bench sweep 60 25 sweep "$(find_shards)" --decode dali --decode_device gpu --hw_decoder_load -1 0 0.2 0.6 0.8 1 \
         --batch 128 --seconds 2
 }
-places() {
-    local where=(gpu split cpu)
-    [ "$dry" = 1 ] && where=(cpu)
-    run_bench places 90 25 sweep "$(find_shards)" --decode dali torch --decode_device "${where[@]}" --batch 128 \
-        --seconds 3
-}
 end_to_end() {
     local where=(gpu split)
-    [ "$dry" = 1 ] && where=(cpu)
+    [ "$dry" = 1 ] || [ "${DECODE:-}" = torch ] && where=(cpu)
     run_bench end-to-end 110 35 end_to_end "$(find_shards)" --rounds 2 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
         --decode "${DECODE:-dali}" --decode_device "${where[@]}" --kernels "$results/fed-kernels.jsonl"
-}
-fed_sweep() {
-    run_bench fed-sweep 90 35 end_to_end "$(find_shards)" --rounds 1 --steps 20 --batch 128 ${ARM:+--arm "$ARM"} \
-        --decode dali --decode_device auto --hw_decoder_load 0 1 --prefetch 2 4
 }
 learn() {
     local images seconds=${LEARN_S:-200} left=$((limit_s - SECONDS - 45)) # for `score`
@@ -448,8 +436,6 @@ part() { # NAME
     batches | small | norms | convolutions | roofline | peers | doctor) "$1" ;;
     warm-up) warm_up ;;
     quiet) end_background "$warm_until" ;;
-    places) places ;;
-    fed-sweep) fed_sweep ;;
     end-to-end) end_to_end ;;
     norms-sweep) norms_sweep ;;
     bring-up) tests && train ;;

@@ -78,6 +78,11 @@ def profile_step(arm: Arm, device: torch.device) -> list[Timed]:
             torch.cuda.synchronize()
     if not gpu:
         return [(event.name, event.self_cpu_time_total / 1e3) for event in profiler.events()]
+    return list_launches(profiler)
+
+
+def list_launches(profiler: profile) -> list[Timed]:
+    """Return the name and the milliseconds of each kernel and copy that ran on the GPU under a profiler."""
     on_gpu = [event for event in profiler.events() if event.device_type.name == "CUDA"]
     # Annotations span kernels, and would count them twice.
     return [(event.name, event.time_range.elapsed_us() / 1e3) for event in on_gpu if not event.is_user_annotation]

@@ -103,7 +103,10 @@ def find_arms() -> dict[str, Arm]:
 
 
 def find_our_kinds() -> dict[str, LoaderKind]:
-    """Return our loaders that run on this machine. "hybrid" ones decode on the CPU and augment on the GPU."""
+    """Return our loaders that run on this machine.
+
+    "hybrid" ones decode and crop on the CPU and augment on the GPU, and "dali-split" decodes on the CPU alone.
+    """
     gpu, dali = torch.cuda.is_available(), is_installed("nvidia.dali")
     dali_cpu, dali_gpu = (DataRecipe(decode="dali", decode_device=device) for device in ("cpu", "gpu"))
     kinds = {"torch": LoaderKind(DataRecipe(decode="torch"), "cpu")}
@@ -113,6 +116,7 @@ def find_our_kinds() -> dict[str, LoaderKind]:
         kinds["hybrid, torch"] = LoaderKind(DataRecipe(decode="torch", decode_device="cpu"), "cuda")
     if dali and gpu:
         kinds["hybrid, dali"] = LoaderKind(dali_cpu, "cuda")
+        kinds["dali-split"] = LoaderKind(DataRecipe(decode="dali", decode_device="split"), "cuda")
         kinds["dali-gpu"] = LoaderKind(dali_gpu, "cuda")
     return kinds
 

@@ -6,7 +6,7 @@ import torch
 
 from bench.records import add_run_arguments
 from dino_fast.config import Recipe
-from dino_fast.model.backbones import BACKBONES, find_patch
+from dino_fast.model.backbones import BACKBONES, count_blocks
 from dino_fast.model.flops import flops_an_image
 from dino_fast.model.head import HeadRecipe
 from dino_fast.run.schedules import scale_lr
@@ -15,7 +15,7 @@ from dino_fast.step.precision import DTYPES, Precision, set_up_math
 from pipelines.crops import CropRecipe
 
 # The published arm has torch's attention where the published code has its own, so it would not be the published step.
-RESNETS = [name for name in BACKBONES if find_patch(name) is None]
+RESNETS = [name for name in BACKBONES if not count_blocks(name)]
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:

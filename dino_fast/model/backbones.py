@@ -72,11 +72,6 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     return backbone, features
 
 
-def find_patch(name: str) -> int | None:
-    """Return the side in pixels of a vision transformer's patches, or None for other backbones."""
-    return _VITS[name][0] if name in _VITS else None
-
-
 def count_blocks(name: str) -> int:
     """Return the number of blocks of a vision transformer, or 0 for other backbones."""
     return DEPTH if name in _VITS else 0

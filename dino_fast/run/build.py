@@ -7,7 +7,7 @@ import torch
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks, wrap_in_ddp
-from dino_fast.model.backbones import STRIDE, find_patch
+from dino_fast.model.backbones import STRIDE, count_blocks
 from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.step.compiled import compile_backbones, find_compile_problem
 from dino_fast.step.optimizers import build_optimizer
@@ -65,8 +65,8 @@ def check_batch_size(recipe: Recipe, ranks: Ranks) -> None:
             f"--batch_size {recipe.batch_size} cannot be split evenly among {ranks.world} ranks with --accumulate "
             f"{recipe.accumulate} parts each. Choose a multiple of {ranks.world * recipe.accumulate}."
         )
-    if find_patch(recipe.backbone) is not None:
-        return
+    if count_blocks(recipe.backbone):
+        return  # a vision transformer, which has no batch norm
     sizes = recipe.crops.sizes  # of an image's views; those of one size are one batch to batch norm
     for size in set(sizes):
         values = recipe.batch_size // recipe.accumulate * sizes.count(size) * (-(-size // STRIDE)) ** 2

@@ -28,8 +28,6 @@ PARTS = [
     "second",
     "batches",
     "small",
-    "places",
-    "fed-sweep",
     "norms",
     "norms-sweep",
     "convolutions",

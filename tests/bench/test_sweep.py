@@ -1,5 +1,6 @@
 """The sweep over the loader's settings measures all combinations, and prints the fastest first."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bench import sweep
-from bench.data_settings import combine
+from bench.data_settings import combine, read_combinations
 from pipelines.loader import DataRecipe
 from shards.__main__ import main as make_shards
 
@@ -47,3 +48,11 @@ def test_the_command_measures_them(
     assert {row["arm"] for row in rows} == {"prefetch 1", "prefetch 2"}
     assert all(row["median"] > 0 for row in rows)
     assert "batches of 4 on cpu" in capsys.readouterr().out
+
+
+def test_settings_of_which_no_combination_is_left_are_refused():
+    options = argparse.Namespace(
+        decode=["torch"], decode_device=["gpu", "split"], threads=[0], prefetch=[2], hw_decoder_load=[-1.0]
+    )
+    with pytest.raises(SystemExit, match="Pass --decode_device cpu"):
+        read_combinations(options)

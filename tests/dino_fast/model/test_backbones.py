@@ -7,7 +7,7 @@ import torch
 from torchvision import models
 
 from dino_fast.config import Recipe
-from dino_fast.model.backbones import BACKBONES, build_backbone, count_blocks, find_patch
+from dino_fast.model.backbones import BACKBONES, build_backbone, count_blocks
 from shards.errors import UserError
 
 RESNETS = [name for name in BACKBONES if name.startswith("resnet")]
@@ -30,7 +30,7 @@ def test_vision_transformers_have_the_published_sizes(name: str, width: int, mil
     assert features == width
     assert out.shape == (2, width)
     assert sum(value.numel() for value in backbone.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
-    assert find_patch(name) == int(name.rpartition("patch")[2])
+    assert backbone.patch == int(name.rpartition("patch")[2])
     assert count_blocks(name) == 12
 
 
