@@ -53,8 +53,16 @@ def _watch(reader: int) -> None:
                 _exit_process(number[0], None)
 
 
+_ending = threading.Lock()
+
+
 def _exit_process(_: int, __: FrameType | None) -> None:
-    """End the process. An exception could be caught by any library that is at work."""
+    """End the process. An exception could be caught by any library that is at work.
+
+    The main thread and the watching one may both come here; the second returns, and the first ends the process.
+    """
+    if not _ending.acquire(blocking=False):
+        return
     os.write(2, b"dino-fast train: stopped by a signal while no step was running. The same command again resumes.\n")
     os._exit(STOPPED_BY_SIGNAL)
 

@@ -2,6 +2,9 @@
 
 import random
 import re
+import subprocess
+import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from signal import SIGCONT, SIGSTOP, SIGTERM, SIGUSR1
 import pytest
 
 from dino_fast.run.signals import STOPPED_BY_SIGNAL
+from tests.dino_fast.conftest import ROOT
 from tests.faults.conftest import Process
 from tests.faults.runs import (
     assert_as_if_nothing_had_happened,
@@ -75,6 +79,22 @@ def test_a_signal_before_the_first_step_ends_the_run_at_once(start, train_here, 
     assert not rows_of(output)
     assert train_here(output, "--max_steps", "2") == 0
     assert len(rows_of(output)) == 2
+
+
+def test_only_one_thread_ends_the_process():
+    """The main thread and the watching one, both on their way to it while the process takes its time to end."""
+    script = """
+        import os, signal, time
+        from dino_fast.run.signals import exit_at_signal_during_setup
+
+        end = os._exit
+        os._exit = lambda status: (time.sleep(0.5), end(status))
+        with exit_at_signal_during_setup():
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(10)
+    """
+    ended = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, cwd=ROOT)
+    assert (ended.returncode, ended.stderr) == (STOPPED_BY_SIGNAL, AT_ONCE)
 
 
 def test_a_rank_that_waits_for_another_ends_at_once(start):
