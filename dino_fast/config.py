@@ -94,6 +94,9 @@ class Recipe:
     drop_path: Annotated[float, Ge(0), Le(0.9)] = 0.1
     """probability with which the last block of a student's vision transformer leaves out a branch for a crop; it rises
     evenly from 0 in the first block. ResNets have no drop path"""
+    activation_checkpointing: bool = False
+    """whether the backward pass computes each block of the student's vision transformer again, of which only the input
+    is kept. That takes about a quarter more time and a fraction of the memory; `dino-fast plan` tells how much"""
     compile: Literal["auto", "always", "never"] = "auto"
     """whether torch.compile makes the backbones faster, which takes minutes at the start; auto: on GPUs where steps are
     not recorded. Where they are recorded, batch norms are our own kernels, which are faster and need no compiler"""

@@ -4,7 +4,8 @@ Networks are built on torch's meta device, whose tensors have shapes and no memo
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
+from dino_fast.model.vit import VisionTransformer
 from dino_fast.run.build import build_train_step
 from dino_fast.step.precision import DTYPES
 from dino_fast.step.train_step import TrainStep
@@ -87,14 +89,33 @@ def count_half_weights(network: nn.Module) -> int:
 
 
 def count_activations(recipe: Recipe, step: TrainStep, images: int) -> int:
-    """Return the bytes that autograd saves in the student, up to the last layer, for the views of so many images."""
+    """Return the bytes that the backward pass needs of the student, up to the last layer, for so many images' views.
+
+    Where blocks are computed again, these are what is kept from the forward pass, the blocks' inputs among it, and the
+    largest block that is computed again.
+    """
     dtype = DTYPES[recipe.precision]  # the meta device has no autocast, so the network itself takes the precision
     student = copy.deepcopy(step.bare_student).to(dtype)
     views = [
         torch.empty((part.stop - part.start) * images, 3, size, size, dtype=dtype, device="meta")
         for size, part in recipe.crops.resolutions
     ]
-    own = {_storage_id(tensor) for tensor in (*student.parameters(), *student.buffers(), *views)}
+
+    def run_student() -> None:
+        student.head.mlp(torch.cat([student.backbone(view) for view in views]))
+
+    backbone = student.backbone
+    if not (isinstance(backbone, VisionTransformer) and backbone.activation_checkpointing):
+        return count_saved_bytes(student, views, run_student)
+    tokens = [backbone.embed(view).detach().requires_grad_() for view in views]
+    block = backbone.blocks[0]
+    again = max(count_saved_bytes(block, [x], partial(block, x)) for x in tokens)
+    return count_saved_bytes(student, views, run_student) + again
+
+
+def count_saved_bytes(network: nn.Module, given: list[Tensor], run: Callable[[], object]) -> int:
+    """Return the bytes that autograd saves while `run` runs, without the network's own tensors and those given."""
+    own = {_storage_id(tensor) for tensor in (*network.parameters(), *network.buffers(), *given)}
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
@@ -102,7 +123,7 @@ def count_activations(recipe: Recipe, step: TrainStep, images: int) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        student.head.mlp(torch.cat([student.backbone(view) for view in views]))
+        run()
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in own)
 
 

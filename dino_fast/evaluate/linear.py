@@ -2,7 +2,8 @@
 
 The training is that of `eval_linear.py` in facebookresearch/dino: initial weights with a standard deviation of 0.01,
 biases of 0, cross-entropy, momentum 0.9, no weight decay, lr · batch / 256, and a cosine to 0 that steps once an epoch,
-for 100 epochs. For a ResNet-50 the features are, as published, those after the average pool. Four things differ:
+for 100 epochs. The features are the published ones: those after the average pool of a ResNet-50, and tokens of a vision
+transformer (`token_features.py`). Four things differ:
 
 - features are computed once, from the center crop, so that there are no random crops and flips in training;
 - several learning rates are tried, and the best by top-1 on `val` is reported beside all the others;
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from dino_fast.distributed import choose_device
 from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from, parse_whole_number
 from dino_fast.evaluate.features import check_labels, compute_features, show_progress
+from dino_fast.evaluate.token_features import BLOCKS, TokenFeatures, choose_features
 from pipelines.labeled import CenterCrop
 from shards.errors import UserError
 from shards.index import ShardIndex
@@ -197,16 +199,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(arguments)
     protocol = LinearProtocol(options.lrs, options.epochs, options.batch, options.seed)
     backbone, center, evaluation = load_backbone_from(options)
+    network = choose_features(backbone, options.blocks, options.mean_patch)
     with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
         device = choose_device(options.device, 0)
-        scores = evaluate_linear(backbone, train, val, center, device, protocol)
+        scores = evaluate_linear(network, train, val, center, device, protocol)
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
     print(f"{options.network} after {evaluation['step']} steps: {counts['train']} train and {counts['val']} val images")
     print(f"short side {center.resize}, center crop {center.crop}, {counts['classes']} classes")
+    features = {}
+    if isinstance(network, TokenFeatures):
+        print(f"features: {network}")
+        features = {"blocks": network.blocks, "mean_patch": network.mean_patch}
     _print_scores(scores, protocol)
     if options.json:
         result = {
-            **evaluation, **counts, "epochs": protocol.epochs, "batch": protocol.batch, "seed": protocol.seed,
+            **evaluation, **features, **counts,
+            "epochs": protocol.epochs, "batch": protocol.batch, "seed": protocol.seed,
             "best": asdict(pick_best(scores)), "linear": [asdict(score) for score in scores],
         }  # fmt: skip
         options.json.write_text(json.dumps(result, indent=1) + "\n")
@@ -257,6 +265,17 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=parse_whole_number(0), default=default.seed, metavar="N",
         help="seed of the initial weights and of the order of the samples (default: %(default)s)",
+    )  # fmt: skip
+    tokens = parser.add_mutually_exclusive_group()
+    tokens.add_argument(
+        "--blocks", type=parse_whole_number(1), metavar="N",
+        help="features of a vision transformer: the [CLS] tokens of its last N blocks, joined (default for ViT-Ti and "
+        f"ViT-S: {BLOCKS}, as published)",
+    )  # fmt: skip
+    tokens.add_argument(
+        "--mean-patch", action="store_true",
+        help="features of a vision transformer: its last [CLS] token with the mean patch token (default for ViT-B, as "
+        "published)",
     )  # fmt: skip
     return parser
 

@@ -77,6 +77,16 @@ def count_blocks(name: str) -> int:
     return DEPTH if name in _VITS else 0
 
 
+def checkpoint_activations(backbone: nn.Module, name: str) -> None:
+    """Have the backward pass compute each block again. Raises UserError for a backbone that has no blocks."""
+    if not isinstance(backbone, VisionTransformer):
+        raise UserError(
+            f"--activation_checkpointing is for the vision transformers {', '.join(_VITS)}, not for {name}. Leave it "
+            "out. To need less memory, pass --accumulate with a number of parts."
+        )
+    backbone.activation_checkpointing = True
+
+
 @contextlib.contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
     """Put `network` into evaluation mode inside. After it, every module is in its own mode again."""

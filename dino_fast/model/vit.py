@@ -7,6 +7,7 @@ where the published code samples it at a scale (`interpolate_positions`).
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dino_fast.model.drop_path import BRANCHES
 
@@ -91,6 +92,8 @@ class VisionTransformer(nn.Module):
     def __init__(self, patch: int, width: int, heads: int, built_for: int = BUILT_FOR) -> None:
         super().__init__()
         self.patch = patch
+        self.activation_checkpointing = False
+        """whether the backward pass computes each block again, from its input alone, which is all that is kept"""
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (built_for // patch) ** 2, width))  # [CLS] first
         self.patch_embed = PatchEmbed(patch, width)
@@ -107,9 +110,16 @@ class VisionTransformer(nn.Module):
         """Map images [N, 3, H, W] to features [N, width]. `scales` [2·DEPTH, N]: those of `draw_branch_scales`."""
         x = self.embed(x)
         for number, block in enumerate(self.blocks):
-            x = block(x, None if scales is None else scales[BRANCHES * number : BRANCHES * (number + 1)])
+            given = (x, None if scales is None else scales[BRANCHES * number : BRANCHES * (number + 1)])
+            x = self._run_again_later(block, *given) if self.activation_checkpointing else block(*given)
         cls: Tensor = self.norm(x)[:, 0]
         return cls
+
+    @staticmethod
+    def _run_again_later(block: nn.Module, x: Tensor, scales: Tensor | None) -> Tensor:
+        """Run a block, and once more in the backward pass (Chen et al. 2016). Blocks draw no random numbers."""
+        out: Tensor = checkpoint(block, x, scales, use_reentrant=False, preserve_rng_state=False)
+        return out
 
     def embed(self, x: Tensor) -> Tensor:
         """Return the tokens of images [N, 3, H, W] before the first block: [N, 1 + patches, width], [CLS] first."""
@@ -155,3 +165,15 @@ class VisionTransformer(nn.Module):
         last = self.blocks[-1]
         assert isinstance(last, Block)
         return last.attn.weigh(last.norm1(x))
+
+    def join_tokens(self, x: Tensor, count: int, mean_patch: bool) -> Tensor:
+        """Return the features that the published linear evaluation takes: [N, count · width].
+
+        They are the [CLS] tokens of the last `count` blocks, the earliest first. With `mean_patch` each value is
+        followed by that of the last block's mean patch token, so that the width doubles; it takes a count of 1.
+        """
+        tokens = self.last_tokens(x, count)
+        joined = torch.cat([of_block[:, 0] for of_block in tokens], dim=1)
+        if not mean_patch:
+            return joined
+        return torch.stack([joined, tokens[-1][:, 1:].mean(1)], dim=2).flatten(1)

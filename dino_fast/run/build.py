@@ -7,7 +7,7 @@ import torch
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks, wrap_in_ddp
-from dino_fast.model.backbones import STRIDE, count_blocks
+from dino_fast.model.backbones import STRIDE, checkpoint_activations, count_blocks
 from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.step.compiled import compile_backbones, find_compile_problem
 from dino_fast.step.optimizers import build_optimizer
@@ -39,11 +39,13 @@ def build_train_step(
 
     The options are those of `TrainStep`. kernels None: on a GPU where Triton is installed. fused_norms None: where
     steps are recorded, unless the recipe says that the backbones are compiled. Raises UserError for a batch that cannot
-    be split evenly.
+    be split evenly, and for checkpointing of activations where the backbone has no blocks.
     """
     check_batch_size(recipe, ranks)
     torch.manual_seed(recipe.seed)
     student, teacher = build_student_teacher(recipe.backbone, recipe.head)
+    if recipe.activation_checkpointing:
+        checkpoint_activations(student.backbone, recipe.backbone)
     student.to(ranks.device)
     teacher.to(ranks.device)
     optimizer = build_optimizer(recipe.optim, student)

@@ -52,10 +52,21 @@ def test_two_ranks_are_one(run, tmp_path: Path):
     assert max((value - twos[name]).abs().max() for name, value in ones.items()) < 1e-5
 
 
+def test_blocks_computed_again_change_nothing(train_here, tmp_path: Path, capsys):
+    assert train_here(tmp_path / "kept", *VIT, "--max_steps", "2") == 0
+    assert train_here(tmp_path / "again", *VIT, "--max_steps", "2", "--activation_checkpointing") == 0
+    kept, again = read_student(tmp_path / "kept"), read_student(tmp_path / "again")
+    assert all(torch.equal(value, again[name]) for name, value in kept.items())
+    capsys.readouterr()
+    assert train_here(tmp_path / "resnet", "--activation_checkpointing") == 1
+    assert "is for the vision transformers vit_tiny_patch16, " in capsys.readouterr().err
+
+
 @pytest.mark.slow
-def test_a_compiled_run_is_the_plain_one(train_here, tmp_path: Path):
+@pytest.mark.parametrize("also", [(), ("--activation_checkpointing",)], ids=["kept", "computed-again"])
+def test_a_compiled_run_is_the_plain_one(train_here, tmp_path: Path, also: tuple[str, ...]):
     assert train_here(tmp_path / "plain", *VIT, "--max_steps", "3") == 0
-    assert train_here(tmp_path / "compiled", *VIT, "--max_steps", "3", "--compile", "always") == 0
+    assert train_here(tmp_path / "compiled", *VIT, *also, "--max_steps", "3", "--compile", "always") == 0
     assert read_losses(tmp_path / "compiled") == pytest.approx(read_losses(tmp_path / "plain"), rel=1e-3)
 
 

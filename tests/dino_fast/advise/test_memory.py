@@ -24,7 +24,7 @@ CPU = Ranks(0, 1, torch.device("cpu"))
 
 
 class Allocated(TorchDispatchMode):
-    """Counts the bytes of all storages that are allocated inside, and their peak."""
+    """Counts the bytes of all storages that are allocated inside, and their peak. Views of older ones do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,14 +36,19 @@ class Allocated(TorchDispatchMode):
         self.now -= size
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self._count((args, kwargs), are_new=False)
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.alive:
-                self.alive.add(storage._cdata)
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._release, storage._cdata, storage.nbytes())
+        self._count(out, are_new=True)
         return out
+
+    def _count(self, tensors: Any, are_new: bool) -> None:
+        for tensor in tree_leaves(tensors):
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage())._cdata not in self.alive:
+                size = storage.nbytes() if are_new else 0
+                self.alive.add(storage._cdata)
+                self.now += size
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._release, storage._cdata, size)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +57,8 @@ class Allocated(TorchDispatchMode):
         ("--precision", "bf16", "--head.batch_norm", "true"),
         ("--accumulate", "2"),
         ("--head.out_dim", "32768", "--crops.locals", "0"),
+        ("--backbone", "vit_tiny_patch16"),
+        ("--backbone", "vit_tiny_patch16", "--activation_checkpointing"),
     ],
     ids=" ".join,
 )

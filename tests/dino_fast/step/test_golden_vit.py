@@ -54,9 +54,11 @@ def draw_scales(t: int, config: dict[str, Any]) -> Tensor | None:
 
 
 @pytest.mark.parametrize("run", RUNS, ids=[run["name"] for run in RUNS])
-def test_the_published_runs(run: dict[str, Any]):
+@pytest.mark.parametrize("again", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["kept", "computed-again"])
+def test_the_published_runs(run: dict[str, Any], again: bool):
     config = run["config"]
     schedules, step = make_schedules(config), build_step(config)
+    step.student.backbone.activation_checkpointing = again
     decayed = next(group for group in step.optimizer.param_groups if group["decays"])["params"]
     assert len(decayed) == run["decayed"]
     for t, expected in enumerate(run["steps"]):
