@@ -21,7 +21,8 @@ IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469, "coco": 123_403, "photos":
 
 # main_dino.py: its defaults and the constants in it; then what the published README passes for ResNet-50, the arguments
 # of the released ResNet-50, and lightly's imagenette_benchmark.py (where it is silent, the defaults). For ViT-S/16 the
-# published README passes nothing ("vanilla"), or a few arguments on 16 GPUs ("boosting").
+# published README passes nothing ("vanilla"), or a few arguments on 16 GPUs ("boosting"). The released ViT-S/8, B/16 and
+# B/8 have files of arguments, which public repositories quote.
 DEFAULTS: dict[str, Any] = {
     "head.out_dim": 65536, "head.hidden_dim": 2048, "head.bottleneck_dim": 256, "head.layers": 3,
     "head.batch_norm": False, "head.norm_last_layer": True,
@@ -42,6 +43,20 @@ VIT = DEFAULTS | {"backbone": "vit_small_patch16", "drop_path": 0.1}
 BOOSTED = VIT | {
     "epochs": 300, "batch_size": 16 * 64, "loss.teacher_temp": 0.07, "loss.warmup_teacher_temp_epochs": 30,
     "head.norm_last_layer": False,
+}  # fmt: skip
+SMALL8 = VIT | {
+    "backbone": "vit_small_patch8", "epochs": 800, "batch_size": 64 * 16, "precision": "fp32", "crops.locals": 10,
+    "head.norm_last_layer": False, "loss.teacher_temp": 0.07, "loss.warmup_teacher_temp_epochs": 30,
+}  # fmt: skip
+BASE16 = VIT | {
+    "backbone": "vit_base_patch16", "epochs": 400, "batch_size": 32 * 32, "precision": "fp32", "crops.locals": 10,
+    "crops.global_scale": (0.25, 1.0), "crops.local_scale": (0.05, 0.25),
+    "loss.teacher_temp": 0.07, "loss.warmup_teacher_temp_epochs": 50,
+    "optim.lr": 7.5e-4, "optim.min_lr": 2e-6, "optim.clip_grad": 0.3, "optim.freeze_last_layer_epochs": 3,
+}  # fmt: skip
+BASE8 = BASE16 | {
+    "backbone": "vit_base_patch8", "epochs": 300, "batch_size": 176 * 6, "loss.warmup_teacher_temp": 0.03,
+    "optim.lr": 5e-4, "optim.clip_grad": 3.0,
 }  # fmt: skip
 README = DEFAULTS | {
     "backbone": "resnet50", "optim.name": "sgd", "optim.lr": 0.03, "optim.weight_decay": 1e-4,
@@ -65,6 +80,16 @@ LIGHTLY = DEFAULTS | {
 FOLLOWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "vit_small16_100ep": (VIT, {}),
     "vit_small16_300ep": (BOOSTED, {}),
+    "vit_small8": (SMALL8, {}),
+    "vit_base16": (BASE16, {}),
+    "vit_base8": (BASE8, {}),
+    "vit_tiny_imagenette": (
+        VIT,
+        {
+            "backbone": "vit_tiny_patch16", "epochs": 300, "batch_size": 256, "crops.global_size": 128,
+            "crops.local_size": 64, "crops.locals": 6, "head.out_dim": 2048,
+        },
+    ),
     "resnet50_100ep": (README, {}),
     "resnet50_800ep": (RELEASED, {}),
     "resnet50_300ep": (RELEASED, {"epochs": 300, "precision": "fp16"}),

@@ -1,5 +1,6 @@
 """The schedules against the published ones, which are numpy arrays over the whole run."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from dino_fast.config import Recipe
+from dino_fast.config import Recipe, read_recipe
 from dino_fast.durations import Duration, to_steps
 from dino_fast.run.schedules import Schedules, scale_lr, teacher_temperature, warmup_cosine
 from dino_fast.step.loss import LossRecipe
@@ -16,6 +17,7 @@ from dino_fast.step.optimizers import OptimRecipe
 from shards.errors import UserError
 
 Array = NDArray[np.float64]
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 
 
 def _published(base: float, final: float, total: int, warmup: int) -> Array:
@@ -57,6 +59,36 @@ def test_teacher_temperature_equals_the_published_array(start: float, end: float
     recipe = LossRecipe(teacher_temp=end, warmup_teacher_temp=start)
     expected = np.concatenate([np.linspace(start, end, warmup), np.full(max(epochs - warmup, 0), end)])[:epochs]
     np.testing.assert_allclose([teacher_temperature(e, warmup, recipe) for e in range(epochs)], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "batch", "norm_last_layer", "temperatures", "warmup"),
+    [
+        ("vit_small16_100ep", 100, 512, True, (0.04, 0.04), 0),  # the published README's two ways to train ViT-S/16
+        ("vit_small16_300ep", 300, 1024, False, (0.04, 0.07), 30),
+    ],
+)
+def test_the_schedules_of_a_vit_recipe_are_those_of_the_published_arguments(
+    recipe: str, epochs: int, batch: int, norm_last_layer: bool, temperatures: tuple[float, float], warmup: int
+) -> None:
+    """On ImageNet, at every 97th step. What the README does not pass are the published defaults."""
+    settings = read_recipe(["--config", str(CONFIGS / f"{recipe}.yaml")])
+    steps_per_epoch = 1_281_167 // batch
+    schedules, total = Schedules(settings, steps_per_epoch), epochs * steps_per_epoch
+    steps = range(0, total, 97)
+    got = [schedules.at(step) for step in steps]
+    published = {
+        "lr": _published(5e-4 * batch / 256, 1e-6, total, 10 * steps_per_epoch)[steps],
+        "weight_decay": _published(0.04, 0.4, total, 0)[steps],
+        "momentum": _published(0.996, 1, total, 0)[steps],
+        "teacher_temp": np.concatenate([np.linspace(*temperatures, warmup), np.full(epochs - warmup, temperatures[1])])[
+            [step // steps_per_epoch for step in steps]
+        ],
+    }
+    for name, expected in published.items():
+        np.testing.assert_allclose([getattr(hyper, name) for hyper in got], expected, rtol=1e-12, err_msg=name)
+    assert [hyper.freeze_last_layer for hyper in got] == [step < steps_per_epoch for step in steps]
+    assert (schedules.total_steps, settings.head.norm_last_layer) == (total, norm_last_layer)
 
 
 def test_the_warm_up_starts_at_zero_and_reaches_the_peak_at_its_last_step() -> None:
