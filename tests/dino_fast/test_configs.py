@@ -21,7 +21,7 @@ IMAGES = {"imagenet": 1_281_167, "imagenette": 9_469, "coco": 123_403, "photos":
 
 # main_dino.py: its defaults and the constants in it; then what the published README passes for ResNet-50, the arguments
 # of the released ResNet-50, and lightly's imagenette_benchmark.py (where it is silent, the defaults). For ViT-S/16 the
-# published README passes nothing ("vanilla"), or a few arguments on 16 GPUs ("boosting"). The released ViT-S/8, B/16 and
+# published README passes nothing ("vanilla"), or a few arguments on 16 GPUs ("boosting"). The released S/8, B/16 and
 # B/8 have files of arguments, which public repositories quote.
 DEFAULTS: dict[str, Any] = {
     "head.out_dim": 65536, "head.hidden_dim": 2048, "head.bottleneck_dim": 256, "head.layers": 3,

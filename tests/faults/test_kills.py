@@ -4,7 +4,7 @@ import collections
 import random
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,8 +25,9 @@ STARTING, STEPPING, WRITING = "starting", "stepping", "writing"
 class Killer:
     """Starts a run again and again, and kills it at moments drawn from its whole life."""
 
-    def __init__(self, start: Callable[..., object], output: Path, seed: int) -> None:
+    def __init__(self, start: Callable[..., object], output: Path, seed: int, settings: Sequence[str] = ()) -> None:
         self._start, self._output, self._moments = start, output, random.Random(seed)
+        self._settings = settings
         self._until_first_step = 10.0  # seconds; measured whenever a run comes so far
         self._newest = 0  # checkpoint, by its step
         self.hit = collections.Counter[str]()
@@ -34,7 +35,7 @@ class Killer:
     def kill_while(self, phase: str) -> None:
         """One life, ended at a random moment of a phase. What was hit is seen afterwards: `hit`."""
         left = half_written(self._output)
-        run = self._start(*ENDLESS, "1000000", output=self._output)
+        run = self._start(*ENDLESS, "1000000", *self._settings, output=self._output)
         self._wait(run, phase, left)
         before = steps_saved(self._output)
         run.kill()
@@ -76,6 +77,21 @@ def test_killed_while_it_starts_steps_and_writes_a_run_ends_the_same(start, trai
     stop = str(max(steps_saved(output), default=0) + 2)
     assert train_here(output, *ENDLESS, stop) == 0
     assert train_here(tmp_path / "whole", *ENDLESS, stop, "--checkpoint.every", "1000 steps") == 0
+    assert_as_if_nothing_had_happened(output, tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_killed_vision_transformer_goes_on_with_the_drop_path_that_it_would_have_had(
+    start, train_here, tmp_path: Path
+):
+    vit = ("--backbone", "vit_tiny_patch16", "--drop_path", "0.5")
+    output = tmp_path / "run"
+    killer = Killer(start, output, seed=3, settings=vit)
+    for phase in (STEPPING, WRITING):
+        killer.kill_while(phase)
+    stop = str(max(steps_saved(output), default=0) + 2)
+    assert train_here(output, *ENDLESS, stop, *vit) == 0
+    assert train_here(tmp_path / "whole", *ENDLESS, stop, *vit, "--checkpoint.every", "1000 steps") == 0
     assert_as_if_nothing_had_happened(output, tmp_path / "whole")
 
 

@@ -47,11 +47,15 @@ HYPER = Hyper(lr=0.05, weight_decay=1e-4, momentum=0.9, teacher_temp=0.04, freez
 
 
 def _step(
-    precision: Precision = "fp32", dtype: torch.dtype = torch.float32, center_momentum: float = 0.9, **head: Any
+    precision: Precision = "fp32",
+    dtype: torch.dtype = torch.float32,
+    center_momentum: float = 0.9,
+    backbone: str = "resnet18",
+    **head: Any,
 ) -> TrainStep:
     torch.manual_seed(0)
     recipe = HeadRecipe(**{"out_dim": K, "hidden_dim": 64, "bottleneck_dim": 32, **head})
-    student, teacher = (network.to(dtype) for network in build_student_teacher("resnet18", recipe))
+    student, teacher = (network.to(dtype) for network in build_student_teacher(backbone, recipe))
     optimizer = build_optimizer(OptimRecipe(), student)
     return TrainStep(student, teacher, optimizer, LossRecipe(center_momentum=center_momentum), 3.0, precision)
 
@@ -151,6 +155,16 @@ def test_a_probe_is_of_the_teacher_by_running_statistics_over_the_first_view(
     twin = copy.deepcopy(step.teacher).eval()
     first = globals_[: min(most, BATCH)]
     expected = _numpys(twin.backbone(first), twin([first]), step.center, 0.05)
+    assert [figure.item() for figure in probe(step, globals_, 0.05)] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_probe_of_a_vision_transformer_is_of_its_cls_token() -> None:
+    step, batches = _step(dtype=torch.float64, backbone="vit_tiny_patch16"), _batches()
+    step(next(batches).double(), None, HYPER)
+    globals_ = next(batches).double()
+    first = globals_[:BATCH]
+    [tokens] = step.teacher.backbone.last_tokens(first, 1)
+    expected = _numpys(tokens[:, 0], step.teacher([first]), step.center, 0.05)
     assert [figure.item() for figure in probe(step, globals_, 0.05)] == pytest.approx(expected, rel=1e-6)
 
 
