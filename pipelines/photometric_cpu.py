@@ -28,8 +28,8 @@ from pipelines.photometric import (
     AugmentParameters,
     Normalization,
     active_operations,
+    blur_kernels,
     build_normalize_table,
-    gaussian_kernels,
 )
 
 Array: TypeAlias = npt.NDArray[Any]
@@ -64,7 +64,7 @@ def augment(
         (1 - parameters.factor).astype(np.float32),
         parameters.grayscale,
         parameters.blur_sigma > 0,
-        gaussian_kernels(parameters.blur_sigma).astype(np.float32)[..., BLUR_RADIUS:],
+        blur_kernels(parameters.blur_sigma).astype(np.float32)[..., BLUR_RADIUS:],
         parameters.solarize.astype(np.int64),
     )
 
@@ -284,8 +284,8 @@ def _blur(planes: Array, weights: Array, row: Array, blurred: Array, table: Arra
         for channel in range(3):
             _blur_columns(planes[channel], y, weights, middle)
             for tap in range(1, BLUR_RADIUS + 1):
-                row[BLUR_RADIUS - tap] = middle[tap]
-                row[BLUR_RADIUS + side - 1 + tap] = middle[side - 1 - tap]
+                row[BLUR_RADIUS - tap] = middle[0]
+                row[BLUR_RADIUS + side - 1 + tap] = middle[side - 1]
             _blur_row(row, weights, blurred[channel])
         _store_row(blurred[0], blurred[1], blurred[2], table, out[y])
 
@@ -299,15 +299,15 @@ def _blur_columns(plane: Array, y: int, w: Array, out: Array) -> None:
     """Write row `y` of a plane, blurred along the columns."""
     side = len(plane)
     w0, w1, w2, w3, w4, w5, w6, w7 = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
-    a1, a2, a3 = plane[_mirror(y - 1, side)], plane[_mirror(y - 2, side)], plane[_mirror(y - 3, side)]
-    b1, b2, b3 = plane[_mirror(y + 1, side)], plane[_mirror(y + 2, side)], plane[_mirror(y + 3, side)]
+    a1, a2, a3 = plane[_clamp(y - 1, side)], plane[_clamp(y - 2, side)], plane[_clamp(y - 3, side)]
+    b1, b2, b3 = plane[_clamp(y + 1, side)], plane[_clamp(y + 2, side)], plane[_clamp(y + 3, side)]
     center = plane[y]
     for x in range(side):
         out[x] = w0 * center[x] + w1 * (a1[x] + b1[x]) + w2 * (a2[x] + b2[x]) + w3 * (a3[x] + b3[x])
-    a4, a5 = plane[_mirror(y - 4, side)], plane[_mirror(y - 5, side)]
-    b4, b5 = plane[_mirror(y + 4, side)], plane[_mirror(y + 5, side)]
-    a6, a7 = plane[_mirror(y - 6, side)], plane[_mirror(y - 7, side)]
-    b6, b7 = plane[_mirror(y + 6, side)], plane[_mirror(y + 7, side)]
+    a4, a5 = plane[_clamp(y - 4, side)], plane[_clamp(y - 5, side)]
+    b4, b5 = plane[_clamp(y + 4, side)], plane[_clamp(y + 5, side)]
+    a6, a7 = plane[_clamp(y - 6, side)], plane[_clamp(y - 7, side)]
+    b6, b7 = plane[_clamp(y + 6, side)], plane[_clamp(y + 7, side)]
     for x in range(side):
         out[x] += w4 * (a4[x] + b4[x]) + w5 * (a5[x] + b5[x]) + w6 * (a6[x] + b6[x]) + w7 * (a7[x] + b7[x])
 
@@ -325,7 +325,6 @@ def _blur_row(row: Array, w: Array, out: Array) -> None:
 
 
 @_compile
-def _mirror(place: int, side: int) -> int:
-    """Reflect a place beyond the edge at the outermost pixel."""
-    place = -place if place < 0 else place
-    return 2 * (side - 1) - place if place >= side else place
+def _clamp(place: int, side: int) -> int:
+    """Return the place of the nearest pixel inside."""
+    return min(max(place, 0), side - 1)

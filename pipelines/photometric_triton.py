@@ -83,7 +83,7 @@ def build_table(
     rows[..., BLUR.value] = parameters.blur_sigma > 0
     rows[..., SOLARIZE.value] = np.where(parameters.solarize, ph.SOLARIZE_THRESHOLD, 256)
     rows[..., SCALE.value : SHIFT.value], rows[..., SHIFT.value : WEIGHT.value] = ph.find_scale_and_shift(normalization)
-    kernels = ph.gaussian_kernels(parameters.blur_sigma)
+    kernels = ph.blur_kernels(parameters.blur_sigma)
     rows[..., WEIGHT.value :] = kernels[..., ph.BLUR_RADIUS :]  # they are symmetric, so one side is enough
     return rows.reshape(-1, COLUMNS.value)
 
@@ -136,7 +136,7 @@ def _augment_pixels(images, table, sums, sharp, out, batch, views, SIDE: tl.cons
 def _blur(table, sharp, out, SIDE: tl.constexpr):
     """Blur `sharp` into `out`, one tile in each program.
 
-    The tile is multiplied from both sides by band matrices that hold the Gaussian kernel.
+    The tile is multiplied from both sides by band matrices that hold the blur's kernel.
     """
     row, tile = tl.program_id(0), tl.program_id(1)
     mine = table + row * COLUMNS
@@ -144,7 +144,7 @@ def _blur(table, sharp, out, SIDE: tl.constexpr):
         across: tl.constexpr = (SIDE + STEP - 1) // STEP
         place = tl.arange(0, TILE)
         y, x = tile // across * STEP + place, tile % across * STEP + place
-        source = _reflect(y - RADIUS, SIDE)[:, None] * SIDE + _reflect(x - RADIUS, SIDE)[None, :]
+        source = _clamp(y - RADIUS, SIDE)[:, None] * SIDE + _clamp(x - RADIUS, SIDE)[None, :]
         levels = tl.load(sharp + row.to(tl.int64) * (SIDE * SIDE) + source)
         apart = tl.abs(place[None, :] - place[:, None] - RADIUS)
         high, low = _split(tl.load(mine + WEIGHT + apart, mask=apart <= RADIUS, other=0.0))  # [written, read]
@@ -241,9 +241,9 @@ def _normalize(mine, level, channel):
 
 
 @triton.jit
-def _reflect(place, SIDE: tl.constexpr):
-    """Reflect a place at the edges. Farther than RADIUS outside, where no result depends on it, any place will do."""
-    return tl.maximum(SIDE - 1 - tl.abs(SIDE - 1 - tl.abs(place)), 0)
+def _clamp(place, SIDE: tl.constexpr):
+    """Return the place of the nearest pixel inside."""
+    return tl.minimum(tl.maximum(place, 0), SIDE - 1)
 
 
 @triton.jit

@@ -8,8 +8,8 @@ from dino_fast.config import Recipe
 
 # Settings that may differ between two processes of one run: they change where and how it runs, not its result.
 FREE_TO_CHANGE = (
-    "output", "max_steps", "device", "compile", "graph", "log_every", "init_from", "dump_crops", "wandb", "timeout",
-    "accept_changes", "checkpoint", "health", "knn",
+    "output", "max_steps", "device", "activation_checkpointing", "compile", "graph", "log_every", "init_from",
+    "dump_crops", "wandb", "timeout", "accept_changes", "checkpoint", "health", "knn",
     "data.train", "data.threads", "data.prefetch", "data.max_bad_samples", "data.timeout", "data.hw_decoder_load",
     "data.preallocate_size", "data.cache", "data.cache_bytes",
 )  # fmt: skip

@@ -44,9 +44,18 @@ def resume_run(recipe: Recipe, ranks: Ranks, step: TrainStep, fingerprint: str) 
         if rollbacks
         else ""
     )
-    return Start(
-        state["step"], rollbacks, [*notes, f"resumed from step {state['step']} of {recipe.output}{rate}", *changes]
-    )
+    notes += [f"resumed from step {state['step']} of {recipe.output}{rate}", *changes]
+    return Start(state["step"], rollbacks, notes + _tell_of_unread_weights(recipe, state))
+
+
+def _tell_of_unread_weights(recipe: Recipe, state: dict[str, Any]) -> list[str]:
+    """Return a line where --init_from names other weights than those that the run began with."""
+    if recipe.init_from in ("", state["recipe"].get("init_from", "")):
+        return []
+    return [
+        f"--init_from {recipe.init_from} was not read: it is for new runs, and this one goes on from its checkpoint. "
+        "Choose another --output to start from these weights"
+    ]
 
 
 def _load_on_all_ranks(recipe: Recipe, ranks: Ranks) -> tuple[dict[str, Any], list[str]] | None:

@@ -53,7 +53,9 @@ def test_two_ranks_are_one(run, tmp_path: Path):
 
 
 def test_blocks_computed_again_change_nothing(train_here, tmp_path: Path, capsys):
+    """Nor need a run that is resumed go on as it began."""
     assert train_here(tmp_path / "kept", *VIT, "--max_steps", "2") == 0
+    assert train_here(tmp_path / "again", *VIT, "--max_steps", "1") == 0
     assert train_here(tmp_path / "again", *VIT, "--max_steps", "2", "--activation_checkpointing") == 0
     kept, again = read_student(tmp_path / "kept"), read_student(tmp_path / "again")
     assert all(torch.equal(value, again[name]) for name, value in kept.items())

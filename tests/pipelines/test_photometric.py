@@ -30,7 +30,6 @@ def compare_levels(ours: Tensor, theirs: Tensor) -> tuple[int, float]:
         (ph.adjust_contrast, F.adjust_contrast, 0.0, 2.0, 1e-4),
         (ph.adjust_saturation, F.adjust_saturation, 0.0, 2.0, 1e-3),
         (ph.adjust_hue, F.adjust_hue, -0.5, 0.5, 1e-4),
-        (ph.gaussian_blur, lambda p, s: F.gaussian_blur(p, [15, 15], [s, s]), 0.1, 2.3, 1e-3),
     ],
 )
 def test_each_operation_agrees_with_torchvision(ours, theirs, low, high, share):
@@ -49,18 +48,34 @@ def test_grayscale_and_solarize_agree_with_torchvision():
     assert torch.equal(ph.solarize(images), solarized)
 
 
-def test_blur_is_close_to_pillows():
+def blur_by_pillow(image: Tensor, sigma: float) -> Tensor:
+    blurred = Image.fromarray(image.numpy()).filter(ImageFilter.GaussianBlur(sigma))
+    return torch.from_numpy(np.array(blurred))
+
+
+@pytest.mark.parametrize("sigma", [0.01, 0.1, 0.2, 0.25, 0.3, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.3])
+def test_blur_is_pillows_in_each_image(sigma: float):
+    """Pillow rounds after each of its six passes, so a mean difference of a level remains, and of a few in a pixel."""
     images = make_images(12, 64)
-    sigma = np.random.default_rng(2).uniform(0.1, 2.0, 12)
-    pillow = [
-        np.asarray(Image.fromarray(p.numpy()).filter(ImageFilter.GaussianBlur(float(s))), np.int32)
-        for p, s in zip(images, sigma, strict=True)
-    ]
-    assert np.abs(ph.gaussian_blur(images, sigma).numpy() - np.stack(pillow)).mean() < 1.0
+    ours = ph.gaussian_blur(images, np.full(12, sigma)).int()
+    pillows = torch.stack([blur_by_pillow(image, sigma) for image in images]).int()
+    means = (ours - pillows).abs().float().mean((1, 2, 3))
+    assert means.max() < 0.95
+    inside = (ours - pillows)[:, 8:-8, 8:-8].abs()  # Pillow extends the edge anew in every pass
+    assert inside.max() <= 6
+
+
+@given(sigma=st.floats(0, 2.3))
+def test_a_blurs_kernel_has_the_sum_1_and_its_variance(sigma: float):
+    kernel = ph.blur_kernels(np.array([sigma]))[0]
+    assert kernel.sum() == pytest.approx(1, abs=1e-12)
+    assert kernel.min() > -1e-15
+    assert kernel == pytest.approx(kernel[::-1], abs=1e-15)
+    assert (kernel * np.arange(-7, 8) ** 2).sum() == pytest.approx(sigma**2, abs=1e-9)
 
 
 def apply_torchvision_chain(image: Tensor, parameters: ph.AugmentParameters, place: int) -> Tensor:
-    """Apply torchvision's own functions to one image [S, S, 3], in the order of the parameters."""
+    """Apply torchvision's own functions, and our blur, to one image [S, S, 3], in the order of the parameters."""
     p = image.permute(2, 0, 1)
     p = F.horizontal_flip(p) if parameters.flip[place] else p
     steps = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -68,7 +83,7 @@ def apply_torchvision_chain(image: Tensor, parameters: ph.AugmentParameters, pla
         p = steps[operation](p, float(parameters.factor[place, operation]))
     p = F.rgb_to_grayscale(p, 3) if parameters.grayscale[place] else p
     sigma = float(parameters.blur_sigma[place])
-    p = F.gaussian_blur(p, [15, 15], [sigma, sigma]) if sigma > 0 else p
+    p = ph.gaussian_blur(p.permute(1, 2, 0)[None], np.array([sigma]))[0].permute(2, 0, 1) if sigma > 0 else p
     return (F.solarize(p, 128) if parameters.solarize[place] else p).permute(1, 2, 0)
 
 

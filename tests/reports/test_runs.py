@@ -60,6 +60,17 @@ def test_a_run_and_its_data_may_be_moved(
     assert [row["step"] for row in read_rows(tmp_path / "link" / "run")] == [0, 1]
 
 
+def test_weights_to_start_from_are_for_new_runs(train_here, tmp_path: Path, capsys):
+    """A resumed run goes on from its checkpoint, and says so where it began with other weights than the flag names."""
+    for output, flags in [("first", []), ("second", ["--init_from", str(tmp_path / "first")])]:
+        assert train_here(tmp_path / output, "--max_steps", "1", *flags) == 0
+    capsys.readouterr()
+    for name, is_told in [("first", False), ("elsewhere", True)]:
+        flags = ["--max_steps", "1", "--init_from", str(tmp_path / name)]
+        assert train_here(tmp_path / "second", *flags) == 0
+        assert (f"--init_from {tmp_path / name} was not read" in capsys.readouterr().out) == is_told
+
+
 def test_the_newest_checkpoint_is_that_of_the_latest_step(tmp_path: Path):
     """Copying and clocks that jump change the times of files, by which others choose a checkpoint."""
     for step in (90, 100, 1000):
