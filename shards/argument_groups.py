@@ -134,8 +134,8 @@ def add_change_options(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--convert",
         choices=("png", "jpeg"),
-        help="include TIFF, BMP, GIF (its first frame), AVIF, HEIF, JPEG 2000 and JPEG XL, as far as Pillow and its "
-        "plugins read them: as PNG without loss, or as JPEG of --quality (default: reject them)",
+        help="include TIFF, BMP, GIF (its first frame), PPM, PGM, AVIF, HEIF, JPEG 2000 and JPEG XL, as far as Pillow "
+        "and its plugins read them: as PNG without loss, or as JPEG of --quality (default: reject them)",
     )
     group.add_argument(
         "--upright",

@@ -31,7 +31,7 @@ class KnnScore:
     top1: float
     """percent of the images whose class gets the most votes"""
     top5: float
-    """percent of the images whose class is among the first min(5, k, classes)"""
+    """percent of the images whose class is among the first five that have votes"""
 
 
 def score_weighted_knn(
@@ -67,10 +67,14 @@ def score_weighted_knn(
 
 
 def _count_hits(weights: Tensor, neighbor_labels: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Count the rows whose label has the most votes, and those where it is among the first five: [2], int64."""
+    """Count the rows whose label has the most votes, and those where it is among the first five: [2], int64.
+
+    A class without a vote is no answer. The published code counts it where fewer than five classes have votes.
+    """
     votes = weights.new_zeros(len(weights), classes).scatter_add_(1, neighbor_labels, weights)
-    ranked = votes.sort(dim=1, descending=True).indices[:, : min(5, weights.shape[1])]
-    correct = ranked == labels[:, None]
+    ranked = votes.sort(dim=1, descending=True)
+    found = min(5, weights.shape[1])
+    correct = (ranked.indices[:, :found] == labels[:, None]) & (ranked.values[:, :found] > 0)
     return torch.stack([correct[:, 0].sum(), correct.sum()])
 
 

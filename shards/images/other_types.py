@@ -22,7 +22,7 @@ _BEGINNINGS = {
     b"\xff\x4f\xff\x51": "JPEG 2000",
     b"\0\0\0\x0cJXL ": "JPEG XL",
     b"\xff\x0a": "JPEG XL",
-}
+} | {b"P%d%c" % (kind, blank): "PPM" for kind in range(1, 7) for blank in b" \t\r\n"}  # PBM and PGM among it
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 _AVIF_BRANDS = (b"avif", b"avis")
 # Type → Pillow's names of it
@@ -30,6 +30,7 @@ _FORMATS = {
     "GIF": ("GIF",),
     "BMP": ("BMP",),
     "TIFF": ("TIFF",),
+    "PPM": ("PPM",),
     "JPEG 2000": ("JPEG2000",),
     "JPEG XL": ("JXL",),
     "AVIF": ("AVIF",),

@@ -3,7 +3,10 @@
 import os
 
 # Listed as well, to be converted, or rejected by name and reason: shards hold JPEG, PNG and WebP.
-_OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx")
+_OTHERS = (
+    ".gif", ".bmp", ".tif", ".tiff", ".pbm", ".pgm", ".ppm", ".pnm",
+    ".heic", ".heif", ".avif", ".jxl", ".jp2", ".j2k", ".jpx",
+)  # fmt: skip
 IMAGES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", *_OTHERS))
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".zip", ".parquet")
 

@@ -32,19 +32,28 @@ def test_equals_the_published_scores(
 ) -> None:
     monkeypatch.setattr(knn, "_MAX_SIMILARITIES", max_similarities)  # one test image at a time, some, all
     expected = {r["k"]: KnnScore(r["top1"], r["top5"]) for r in ROWS if r["temperature"] == temperature}
-    assert score_weighted_knn(*_reference_features(), 10, tuple(expected), temperature) == expected
+    scores = score_weighted_knn(*_reference_features(), 10, tuple(expected), temperature)
+    # Of 5 or 10 neighbors often fewer than five classes have votes, and the published top-5 counts others, too.
+    for k in (5, 10):
+        assert scores[k].top1 == expected[k].top1
+        assert scores.pop(k).top5 < expected.pop(k).top5
+    assert scores == expected
 
 
-def _score_by_loops(train: Tensor, y: Tensor, test: Tensor, labels: Tensor, classes: int, k: int, t: float) -> float:
-    """Return top-1 by one loop over test images and one over neighbors."""
-    hits = 0
+def _score_by_loops(
+    train: Tensor, y: Tensor, test: Tensor, labels: Tensor, classes: int, k: int, t: float
+) -> tuple[float, float]:
+    """Return top-1 and top-5 by one loop over test images and one over neighbors."""
+    hits, hits_of_five = 0, 0
     for x, label in zip(test, labels.tolist(), strict=True):
         cosines = torch.cosine_similarity(x[None], train)
         votes = [0.0] * classes
         for i in cosines.argsort(descending=True)[:k].tolist():
             votes[int(y[i])] += float(torch.exp(cosines[i] / t))
         hits += int(np.argmax(votes)) == label
-    return 100 * hits / len(test)
+        first_five = sorted(range(classes), key=lambda c: -votes[c])[:5]
+        hits_of_five += label in first_five and votes[label] > 0
+    return 100 * hits / len(test), 100 * hits_of_five / len(test)
 
 
 @settings(max_examples=25, deadline=None)
@@ -52,7 +61,7 @@ def _score_by_loops(train: Tensor, y: Tensor, test: Tensor, labels: Tensor, clas
     seed=st.integers(0, 2**31),
     train=st.integers(1, 30),
     test=st.integers(1, 12),
-    classes=st.integers(1, 6),
+    classes=st.integers(1, 9),
     k=st.integers(1, 40),
 )
 def test_equals_the_score_of_two_loops(seed: int, train: int, test: int, classes: int, k: int) -> None:
@@ -60,8 +69,7 @@ def test_equals_the_score_of_two_loops(seed: int, train: int, test: int, classes
     x, z = (torch.randn(n, 8, dtype=torch.float64, generator=r) for n in (train, test))
     y, w = (torch.randint(classes, (n,), generator=r) for n in (train, test))
     score = score_weighted_knn(x, y, z, w, classes, (k,))[k]
-    assert score.top1 == pytest.approx(_score_by_loops(x, y, z, w, classes, min(k, train), 0.07))
-    assert score.top1 <= score.top5 <= 100
+    assert (score.top1, score.top5) == pytest.approx(_score_by_loops(x, y, z, w, classes, min(k, train), 0.07))
 
 
 def test_three_classes_seven_test_images_and_k_above_the_train_set() -> None:

@@ -21,7 +21,7 @@ from shards.index import ShardIndex
 from tests.shards.fuzz import encode, mutant, photo
 from tests.shards.images.test_exif import exif_of
 
-TYPES = {"GIF": "GIF", "BMP": "BMP", "TIFF": "TIFF", "JPEG2000": "JPEG 2000", "AVIF": "AVIF"}
+TYPES = {"GIF": "GIF", "BMP": "BMP", "PPM": "PPM", "TIFF": "TIFF", "JPEG2000": "JPEG 2000", "AVIF": "AVIF"}
 FORMATS = [name for name in TYPES if name != "AVIF" or features.check("avif")]
 PNG = Changes(convert="png")
 
@@ -88,6 +88,22 @@ def test_tiff_of_every_kind(image: Image.Image, options: dict[str, object], mode
     with Image.open(io.BytesIO(converted(data))) as found:
         assert found.mode == mode
         assert np.array_equal(np.asarray(found), pillow(data, mode))
+
+
+@pytest.mark.parametrize(
+    ("data", "levels"),
+    [
+        (b"P5\n# gray\n2 2\n255\n\x01\x02\x03\x04", [[1, 2], [3, 4]]),
+        (b"P2 2 2 255 1 2 3 4\n", [[1, 2], [3, 4]]),
+        (b"P4\n2 2\n\x80\x40", [[0, 255], [255, 0]]),
+        (b"P5\n2 2\n65535\n\x00\x01\x01\x00\xff\xff\x00\x00", [[1, 256], [65535, 0]]),
+    ],
+    ids=["PGM", "as text", "PBM", "16 bits"],
+)
+def test_netpbm_of_every_kind(data: bytes, levels: list[list[int]]) -> None:
+    """The published folder reader takes .ppm and .pgm."""
+    with Image.open(io.BytesIO(converted(data))) as found:
+        assert np.asarray(found).tolist() == levels
 
 
 def test_the_first_frame_of_a_gif_without_its_transparency() -> None:
@@ -200,7 +216,7 @@ def test_a_plugin_is_imported_and_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_videos_and_other_types_are_not_images() -> None:
-    for data in (b"\0\0\0\x20ftypisom" + bytes(40), b"%!PS-Adobe", b"P6 1 1 255\n", b"8BPS", b""):
+    for data in (b"\0\0\0\x20ftypisom" + bytes(40), b"%!PS-Adobe", b"P7\nWIDTH 1\n", b"Party", b"8BPS", b""):
         assert find_other_type(data) is None
 
 
