@@ -3,8 +3,9 @@
 `Published` works as the published code does (facebookresearch/dino, `main_dino.py`). `Stock` is what somebody who knows
 PyTorch well makes of it, without a kernel of their own. Both start from the weights of a `build_student_teacher` pair.
 A call with globals [2·B, 3, G, G] and locals [n·B, 3, L, L] makes one update, and returns the loss, a scalar on their
-device. Views are stacked: view 0 of all images, then view 1 of all images, and so on. In float32 each step equals a
-step of `TrainStep`. The hyper-parameters are given once and stay as they are.
+device. Views are stacked: view 0 of all images, then view 1 of all images, and so on. In float32 each step without drop
+path equals a step of `TrainStep`. With it, torch's generators draw. The hyper-parameters are given once and stay as
+they are.
 """
 
 import math
@@ -15,12 +16,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.optim import Optimizer
 
+from bench import baseline_vit
+from bench.baseline_vit import BaselineVit, VitStyle
 from dino_fast.config import Recipe
 from dino_fast.model.backbones import build_backbone
 from dino_fast.model.head import DinoHead, HeadRecipe
 from dino_fast.model.student_teacher import MultiCropModel
 from dino_fast.model.sync_batchnorm import world_size
+from dino_fast.model.vit import VisionTransformer
 from dino_fast.step.hyper import Hyper
 from dino_fast.step.optimizers import parameter_groups, set_hyper
 
@@ -42,12 +47,11 @@ class Head(nn.Module):
 
 
 class Network(nn.Module):
-    """torchvision's ResNet, which runs once for each resolution, and the head on all features together."""
+    """torchvision's ResNet or a `BaselineVit`, which runs once for each resolution, and the head on all features."""
 
-    def __init__(self, backbone: str, head: HeadRecipe) -> None:
+    def __init__(self, backbone: nn.Module, width: int, head: HeadRecipe) -> None:
         super().__init__()
-        self.backbone, width = build_backbone(backbone)
-        self.head = Head(width, head)
+        self.backbone, self.head = backbone, Head(width, head)
 
     def forward(self, crops: list[Tensor]) -> Tensor:
         """Map crops, [n_i, 3, H_i, W_i] each, to logits [Σ n_i, K] in the same order."""
@@ -56,15 +60,38 @@ class Network(nn.Module):
         return self.head(torch.cat(features))
 
 
+def build_network(recipe: Recipe, model: MultiCropModel, style: VitStyle, drop_path: float) -> Network:
+    """Return a network with the weights of `model`, in train mode. `style` and `drop_path` are those of a ViT."""
+    given = model.backbone
+    if isinstance(given, VisionTransformer):
+        network = Network(BaselineVit(given, style, drop_path), given.pos_embed.shape[-1], recipe.head)
+    else:
+        network = Network(*build_backbone(recipe.backbone), recipe.head)
+    network.to(model.head.last_layer.weight_v.dtype).load_state_dict(model.state_dict())
+    return network
+
+
 def build_networks(
-    recipe: Recipe, pair: Pair, device: torch.device, layout: torch.memory_format
+    recipe: Recipe, pair: Pair, device: torch.device, layout: torch.memory_format, style: VitStyle
 ) -> tuple[Network, Network]:
-    """Return student and teacher with the pair's weights, in train mode."""
-    student, teacher = (Network(recipe.backbone, recipe.head) for _ in pair)
-    for network, model in zip((student, teacher), pair, strict=True):
-        network.load_state_dict(model.state_dict())
+    """Return student and teacher on the device. Only the student has drop path."""
+    rates = recipe.drop_path, 0.0
+    student, teacher = (build_network(recipe, model, style, rate) for model, rate in zip(pair, rates, strict=True))
+    for network in (student, teacher):
         network.to(device).to(memory_format=layout)
     return student, teacher.requires_grad_(False)
+
+
+def build_optimizer(recipe: Recipe, hyper: Hyper, student: Network, fused: bool | None = None) -> Optimizer:
+    """Return torch's SGD with momentum, or its AdamW. Without `fused` torch chooses the form."""
+    groups = parameter_groups(student)
+    optimizer: Optimizer
+    if recipe.optim.name == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=0.0, fused=fused)
+    else:
+        optimizer = torch.optim.SGD(groups, lr=0.0, momentum=0.9, fused=fused)
+    set_hyper(optimizer, hyper.lr, hyper.weight_decay)
+    return optimizer
 
 
 class Published:
@@ -76,11 +103,12 @@ class Published:
     """
 
     def __init__(self, recipe: Recipe, pair: Pair, hyper: Hyper, device: torch.device) -> None:
-        self.student, self.teacher = build_networks(recipe, pair, device, torch.contiguous_format)
+        self.student, self.teacher = build_networks(
+            recipe, pair, device, torch.contiguous_format, baseline_vit.PUBLISHED
+        )
         self.recipe, self.hyper, self.device, self.on_gpu = recipe, hyper, device, device.type == "cuda"
         self.center = torch.zeros(1, recipe.head.out_dim, device=device)
-        self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9)
-        set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
+        self.optimizer = build_optimizer(recipe, hyper, self.student)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.on_gpu)
 
     def __call__(self, globals_: Tensor, locals_: Tensor) -> Tensor:
@@ -153,18 +181,17 @@ class Published:
 class Stock:
     """The step in well-tuned stock PyTorch.
 
-    It is channels-last, with autocast to bfloat16 unless the recipe says fp32, fused SGD, foreach clipping and
+    It is channels-last, with autocast to bfloat16 unless the recipe says fp32, a fused optimizer, foreach clipping and
     averaging, and one log-softmax for each view. With `compiled` torch.compile compiles the backbones. The host reads
     nothing. The last layer is torch's linear layer, which autocast runs in bfloat16. That is coarser than ours.
     Clipping and averaging are written out here, so that they stay stock however ours may change.
     """
 
     def __init__(self, recipe: Recipe, pair: Pair, hyper: Hyper, device: torch.device, compiled: bool = False) -> None:
-        self.student, self.teacher = build_networks(recipe, pair, device, torch.channels_last)
+        self.student, self.teacher = build_networks(recipe, pair, device, torch.channels_last, baseline_vit.STOCK)
         self.recipe, self.hyper, self.device = recipe, hyper, device
         self.center = torch.zeros(1, recipe.head.out_dim, device=device)
-        self.optimizer = torch.optim.SGD(parameter_groups(self.student), lr=0.0, momentum=0.9, fused=True)
-        set_hyper(self.optimizer, hyper.lr, hyper.weight_decay)
+        self.optimizer = build_optimizer(recipe, hyper, self.student, fused=True)
         self.scaler = torch.amp.GradScaler(device.type, enabled=False)  # for `move_student`
         if compiled:
             for network in (self.student, self.teacher):

@@ -3,7 +3,8 @@
 #
 #   bash bench/gpu.sh [PART ...]     without a PART: `first`
 #
-#   first        6 minutes, LIMIT_S (390) seconds at most: machine, warm-up beside tests, kernels, augment, step, train
+#   first        6 minutes, LIMIT_S (390) seconds at most: machine, warm-up beside tests, kernels, augment, step, train,
+#                and vit in what is left
 #   second       5 minutes and LEARN_S (200) seconds: loader, sweep, end-to-end, with STEP_ARMS step, learn, score
 #
 # Their parts, which can be named one by one and in any order:
@@ -18,6 +19,7 @@
 #   augment      the augmentation beside its reference and a copy
 #   step         the step beside the published one and stock PyTorch, with a table of all kernels; STEP_ARMS: its arms
 #   train        60 steps of a ResNet-50 from shards
+#   vit          the step of a ViT-S/16, as `step`; VIT_ARMS: its arms, those first that need no compiler
 #   loader       three arms of the loader, each by itself
 #   sweep        the loader by the share of the hardware decoder
 #   end-to-end   loader and step together, by where images are decoded; with a table of all kernels. ARM: the step's arm
@@ -131,8 +133,8 @@ choose_sizes() { # COMMAND: set `tiny` to arguments that make it small; later ar
     local images=(--batch 4 --seconds 0.1)
     case $1 in
     step | end_to_end)
-        tiny=(--backbone resnet18 --batch 2 --global_size 32 --local_size 24 --locals 2 --prototypes 64 --rounds 1
-            --steps 1)
+        tiny=(--backbone "${tiny_backbone:-resnet18}" --batch 2 --global_size 32 --local_size 24 --locals 2
+            --prototypes 64 --rounds 1 --steps 1)
         ;;
     kernels) tiny=(--backbone resnet18 --batch 2 --prototypes 64 --iterations 1 --rounds 1) ;;
     augment) tiny=(--batch 2 --iterations 1 --rounds 1) ;;
@@ -315,6 +317,12 @@ train() { # As a user would start it
         --checkpoint.every "1000 steps" ${DECODE:+--data.decode "$DECODE"} ${TRAIN_ARGS:-} "${tiny[@]}"
     keep_file "$scratch/run/metrics.jsonl" train-gpu.jsonl
 }
+vit() {
+    # shellcheck disable=SC2086
+    tiny_backbone=vit_tiny_patch16 run_bench vit 150 40 step --backbone vit_small_patch16 --rounds 3 --steps 8 \
+        --profile --kernels "$results/vit-kernels.jsonl" \
+        --only ${VIT_ARMS:-published ours-fused-graphed stock stock-compiled ours-graphed}
+}
 loader() {
     local arm arms=(dali-split dali-gpu "DALI's own operators, GPU")
     [ "$dry" = 1 ] && arms=(dali-cpu torch "DALI's own operators")
@@ -416,6 +424,7 @@ first() {
     step
     also
     train
+    vit
 }
 second() {
     loader
@@ -432,7 +441,7 @@ also() {
 }
 part() { # NAME
     case $1 in
-    first | second | machine | tests | kernels | augment | step | train | loader | sweep | learn | score) "$1" ;;
+    first | second | machine | tests | kernels | augment | step | train | vit | loader | sweep | learn | score) "$1" ;;
     batches | small | norms | convolutions | roofline | peers | doctor) "$1" ;;
     warm-up) warm_up ;;
     quiet) end_background "$warm_until" ;;

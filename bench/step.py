@@ -11,6 +11,10 @@ which lie in the device's memory. The arms:
 - ours: this project's step. In their names, "fused" means batch norm in our own kernels, "compiled" torch.compile,
   "graphed" recorded CUDA graphs, and "aside" the teacher on a stream of its own.
 
+A ViT has AdamW and drop path as published, and no batch norm to fuse. The published arm has the published attention,
+which keeps all weights in memory, and stock has torch's fused one. Their drop path is drawn by torch on the device,
+ours as in the training loop.
+
 An arm that cannot run here, or fails, is left out, with a line that says why. Each arm runs one round when it is built,
 which counts only if nothing else was measured. The figures of a round:
 

@@ -4,8 +4,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from dino_fast.distributed import Ranks
 from dino_fast.model.flops import flops_an_image
 from dino_fast.model.student_teacher import build_student_teacher
 from dino_fast.run.build import build_train_step
+from dino_fast.run.drop_path import draw_scales
 from dino_fast.step.compiled import compile_backbones, find_compile_problem
 from dino_fast.step.precision import DTYPES
 from dino_fast.step.recorded import RecordedStep
@@ -82,12 +85,18 @@ def build_ours(
     """Build our step as training builds it.
 
     `fused` does batch norm in our own kernels, `graphed` records CUDA graphs, `aside` runs the teacher on a stream of
-    its own.
+    its own. The drop path of a ViT is drawn for each step, as in the training loop.
     """
     step = build_train_step(recipe, Ranks(0, 1, device), fused_norms=fused, teacher_aside=aside)
     if compiled:
         compile_backbones(step)
-    return partial(RecordedStep(step) if graphed else step, hyper=make_steady_hyper(recipe))
+    run = RecordedStep(step) if graphed else step
+    hyper, ids, numbers = make_steady_hyper(recipe), np.arange(recipe.batch_size), count()
+
+    def draw_and_run(globals_: Tensor, locals_: Tensor) -> object:
+        return run(globals_, locals_, hyper, draw_scales(recipe, next(numbers), ids, device))
+
+    return draw_and_run
 
 
 def make_plain_views(recipe: Recipe, device: torch.device) -> Views:

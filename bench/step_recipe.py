@@ -11,11 +11,12 @@ from dino_fast.model.flops import flops_an_image
 from dino_fast.model.head import HeadRecipe
 from dino_fast.run.schedules import scale_lr
 from dino_fast.step.hyper import Hyper
+from dino_fast.step.optimizers import OptimRecipe
 from dino_fast.step.precision import DTYPES, Precision, set_up_math
 from pipelines.crops import CropRecipe
 
-# The published arm has torch's attention where the published code has its own, so it would not be the published step.
-RESNETS = [name for name in BACKBONES if not count_blocks(name)]
+# As published: configs/vit_small16_100ep.yaml.
+VIT_OPTIM = OptimRecipe(name="adamw", lr=5e-4, weight_decay=0.04, weight_decay_end=0.4)
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision", choices=DTYPES, default="fp16" if gpu else "bf16",
         help="of our arms and of the rooflines (default %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--backbone", choices=RESNETS, default="resnet50", metavar="NAME", help="default %(default)s")
+    parser.add_argument("--backbone", choices=BACKBONES, default="resnet50", metavar="NAME", help="default %(default)s")
     parser.add_argument("--global_size", type=int, default=224, help="side of a global view in pixels (224)")
     parser.add_argument("--local_size", type=int, default=96, help="side of a local view in pixels (96)")
     parser.add_argument("--locals", type=int, default=6, help="number of local views, at least 1 (6)")
@@ -36,7 +37,10 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_recipe(options: argparse.Namespace) -> Recipe:
-    """Return the recipe of the arguments. Raises SystemExit without local views."""
+    """Return the recipe of the arguments. ResNets have SGD, ViTs AdamW and drop path.
+
+    Raises SystemExit without local views.
+    """
     if options.locals < 1:
         raise SystemExit("--locals: expected at least 1")
     return Recipe(
@@ -47,6 +51,7 @@ def build_recipe(options: argparse.Namespace) -> Recipe:
             options.global_size, (0.14, 1.0), options.local_size, local_scale=(0.05, 0.14), locals=options.locals
         ),
         head=HeadRecipe(out_dim=options.prototypes),
+        optim=VIT_OPTIM if count_blocks(options.backbone) else OptimRecipe(),
     )
 
 

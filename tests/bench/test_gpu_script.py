@@ -26,6 +26,7 @@ SCRIPT = ROOT / "bench" / "gpu.sh"
 PARTS = [
     "first",
     "second",
+    "vit",
     "batches",
     "small",
     "norms",
@@ -169,14 +170,14 @@ def statuses(lines: list[str]) -> dict[str, int]:
 def test_a_part_that_fails_costs_only_itself(python: Callable[[str], str], tmp_path: Path):
     made = python('case $* in *bench.kernels*) echo "left out: x (no)"; echo gone >&2; exit 3 ;; *) echo fine ;; esac')
     lines = printed("first", PYTHON=made, OUT=str(tmp_path / "out"), SHARDS="somewhere")
-    assert statuses(lines) == {"tests": 0, "kernels": 3, "augment": 0, "step": 0, "train": 0}
+    assert statuses(lines) == {"tests": 0, "kernels": 3, "augment": 0, "step": 0, "train": 0, "vit": 0}
     assert {"left out: x (no)", "gone", "fine"} <= set(lines)
     found = files_in(tmp_path / "out", "first")
     assert found["kernels.log"] == "left out: x (no)\ngone\n"
     assert {"dali.log", "warm-stock-compiled.log", "warm-imagenette.log", "step.log", "machine.txt"} <= found.keys()
     assert re.search(r"^warm-ours-compiled: status 0, \d s$", found["beside.txt"], re.MULTILINE)
     order = [match[1] for match in map(re.compile(r"== (\w+):").match, lines) if match]
-    assert order == ["machine", "tests", "quiet", "kernels", "augment", "step", "train", "all"]
+    assert order == ["machine", "tests", "quiet", "kernels", "augment", "step", "train", "vit", "all"]
 
 
 def test_a_command_that_hangs_is_interrupted_at_its_limit_and_leaves_what_it_had(
@@ -275,7 +276,7 @@ def test_nothing_is_begun_where_it_cannot_enter(python: Callable[[str], str], tm
 def test_every_part_runs_without_a_gpu(call: str, tmp_path: Path):
     lines = printed(call, DRY="1", OUT=str(tmp_path), STEP_ARMS="stock ours stock-compiled")
     ended = statuses(lines)
-    assert len(ended) == {"first": 5, "second": 9}[call]
+    assert len(ended) == {"first": 6, "second": 9}[call]
     assert all(status == (124 if name == "learn" else 0) for name, status in ended.items()), lines
     found = files_in(tmp_path, call)
     assert not [name for name, text in found.items() if name.endswith(".log") and "Traceback" in text]

@@ -37,6 +37,7 @@ from bench.kernel_classes import (
 from bench.step import PROBES
 from bench.step_arms import ARM_KINDS, Arm, ArmKind
 from dino_fast.config import Recipe
+from dino_fast.model.backbones import build_backbone
 from dino_fast.model.flops import flops_an_image, head_flops
 from dino_fast.model.head import HeadRecipe
 from pipelines.crops import CropRecipe
@@ -69,7 +70,7 @@ def test_flops_are_those_that_torch_counts(locals_: int):
     crops = CropRecipe(global_size=70, local_size=40, locals=locals_)
     recipe = Recipe(backbone="resnet18", crops=crops, head=HeadRecipe(out_dim=512))
     with torch.device("meta"):
-        student, teacher = (Network(recipe.backbone, recipe.head) for _ in range(2))
+        student, teacher = (Network(*build_backbone(recipe.backbone), recipe.head) for _ in range(2))
         teacher.requires_grad_(False)
         globals_, small = torch.empty(2, 3, 70, 70), torch.empty(locals_, 3, 40, 40)
         with FlopCounterMode(display=False) as counter:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dino_fast.model.drop_path import scale_branches
-from dino_fast.model.vit import DEPTH, VisionTransformer
+from dino_fast.model.vit import DEPTH, VisionTransformer, attend
 from tests.golden_runs import fill
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "vit_forward.json").read_text())
@@ -85,3 +85,15 @@ def test_drop_path_is_the_published_one(given: dict[str, Any]):
     exact = np.where(scales > 0, 1 / (1 - np.repeat(given["rate_of_block"], 2))[:, None], 0)
     assert_digest(build("vit_tiny", 16)(images, torch.from_numpy(exact)), given["cls"])
     assert np.allclose(scales, exact, rtol=1e-7)
+
+
+def test_attention_on_a_cpu_has_the_value_and_the_gradient_of_the_fused_one():
+    torch.manual_seed(0)
+    given = [torch.randn(2, 3, 11, 8, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    found, expected = attend(*given), torch.nn.functional.scaled_dot_product_attention(*given)
+    slope = torch.randn_like(found)
+    torch.testing.assert_close(found, expected)
+    for one, two in zip(*(torch.autograd.grad(value, given, slope) for value in (found, expected)), strict=True):
+        torch.testing.assert_close(one, two)
+    with torch.no_grad():
+        torch.testing.assert_close(attend(*given), expected)
