@@ -28,6 +28,8 @@ NONE = -1  # in place of an operation
 NEUTRAL = (1.0, 1.0, 1.0, 0.0)  # factors that change nothing, by operation
 _ORDERS = np.array(list(permutations(range(4))))
 _DRAWS = 11
+# Weights of red, green and blue in Pillow. In float32 every sum of levels by these weights is exact, in any order.
+LUMA = (19595 / 65536, 38470 / 65536, 7471 / 65536)
 BLUR_RADIUS = 7  # pixels: three boxes reach 6 up to a sigma of 2.45; the kernels for GPUs and cores have 7
 SOLARIZE_THRESHOLD = 128
 # On a CPU, many more pixels at a time than these take up to four times as long (bench/LOG.md).
@@ -186,9 +188,10 @@ def _broadcast(values: PerImage, like: Tensor) -> Tensor:
 
 
 def gray_levels(images: Tensor) -> Tensor:
-    """Return the luma by ITU-R BT.601, rounded down: uint8 [B, S, S, 3] to float32 [B, S, S, 1]."""
+    """Return the luma by ITU-R BT.601, rounded as Pillow does it: uint8 [B, S, S, 3] to float32 [B, S, S, 1]."""
     red, green, blue = images.unbind(-1)
-    return red.mul(0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114).floor_().unsqueeze(-1)
+    luma = red.mul(LUMA[0]).add_(green, alpha=LUMA[1]).add_(blue, alpha=LUMA[2])
+    return luma.add_(0.5).floor_().unsqueeze(-1)
 
 
 def _blend(images: Tensor, other: Tensor | None, factor: PerImage) -> Tensor:
@@ -205,8 +208,10 @@ def adjust_brightness(images: Tensor, factor: PerImage) -> Tensor:
 
 
 def adjust_contrast(images: Tensor, factor: PerImage) -> Tensor:
-    """Blend with each image's mean gray level."""
-    return _blend(images, gray_levels(images).mean((1, 2, 3), keepdim=True), factor)
+    """Blend with each image's mean gray level, which is rounded to a whole level, as in Pillow."""
+    pixels = images.shape[1] * images.shape[2]
+    mean = (gray_levels(images).sum((1, 2, 3), keepdim=True, dtype=torch.int64) + pixels // 2) // pixels
+    return _blend(images, mean.float(), factor)
 
 
 def adjust_saturation(images: Tensor, factor: PerImage) -> Tensor:

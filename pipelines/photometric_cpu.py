@@ -22,6 +22,7 @@ from pipelines.photometric import (
     CONTRAST,
     HUE,
     IMAGENET,
+    LUMA,
     NONE,
     SATURATION,
     SOLARIZE_THRESHOLD,
@@ -38,6 +39,7 @@ Scratch: TypeAlias = tuple[Array, Array, Array]
 
 _BITS = {2: torch.int16, 4: torch.int32}  # integer types that carry the bits of a table's floats, by their bytes
 _CHUNK = 8  # images of one task
+_RED, _GREEN, _BLUE = (np.float32(weight) for weight in LUMA)
 
 _scratch = threading.local()
 
@@ -177,7 +179,7 @@ def _jitter(planes: Array, operation: int, factor: Level, rest: Level) -> None:
         for plane in (red, green, blue):
             _blend(plane, factor, np.float32(0), rest)
     elif operation == CONTRAST:
-        mean = np.float32(_sum_luma(red, green, blue)) / np.float32(len(red))
+        mean = np.float32((_sum_luma(red, green, blue) + len(red) // 2) // len(red))  # a whole level
         for plane in (red, green, blue):
             _blend(plane, factor, mean, rest)
     elif operation == SATURATION:
@@ -204,7 +206,7 @@ def _cut(value: Level) -> Level:
 @_compile
 def _luma(red: Level, green: Level, blue: Level) -> Level:
     """Return the gray level, as `photometric.gray_levels` does."""
-    return np.floor(_multiply(red, np.float32(0.2989)) + green * np.float32(0.587) + blue * np.float32(0.114))
+    return np.floor(red * _RED + green * _GREEN + blue * _BLUE + np.float32(0.5))
 
 
 @_compile

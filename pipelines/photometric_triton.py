@@ -22,6 +22,7 @@ TILE = tl.constexpr(64)  # side of the square that a program of the blur reads, 
 RADIUS = tl.constexpr(ph.BLUR_RADIUS)
 STEP = tl.constexpr(TILE.value - 2 * ph.BLUR_RADIUS)  # side of the square that it writes
 
+RED, GREEN, BLUE = (tl.constexpr(weight) for weight in ph.LUMA)
 CONTRAST, SATURATION, HUE, NONE = (tl.constexpr(number) for number in (ph.CONTRAST, ph.SATURATION, ph.HUE, ph.NONE))
 # The table's columns. The first three have one number for each jitter operation, SCALE and SHIFT one for each channel.
 OPERATION, FACTOR, REST, TURNS, FLIP, GRAYSCALE, BLUR, SOLARIZE, SCALE, SHIFT, WEIGHT = (
@@ -113,7 +114,7 @@ def _augment_pixels(images, table, sums, sharp, out, batch, views, SIDE: tl.cons
     if tl.load(mine + TURNS) >= 0:
         blocks, place = tl.num_programs(1), tl.arange(0, SLOTS)
         parts = tl.load(sums + row * blocks + place, mask=place < blocks, other=0)
-        mean = tl.div_rn(_sum(parts).to(tl.float32), SIDE * SIDE * 1.0)
+        mean = ((_sum(parts) + SIDE * SIDE // 2) // (SIDE * SIDE)).to(tl.float32)  # a whole level
     pixel = block * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < SIDE * SIDE
     red, green, blue = _load_pixels(images, mine, row, pixel, batch, views, SIDE)
@@ -199,8 +200,8 @@ def _jitter(mine, turn, mean, red, green, blue):
 
 @triton.jit
 def _gray_level(red, green, blue):
-    """Return the luma by ITU-R BT.601, rounded down."""
-    return tl.floor(tl.fma(blue, 0.114, tl.fma(green, 0.587, red * 0.2989)))
+    """Return the luma by ITU-R BT.601, rounded. Products and sums are exact."""
+    return tl.floor(red * RED + green * GREEN + blue * BLUE + 0.5)
 
 
 @triton.jit
