@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
+from dino_fast.model.half_weights import HALVED
 from dino_fast.model.vit import VisionTransformer
 from dino_fast.run.build import build_train_step
 from dino_fast.step.precision import DTYPES
@@ -84,7 +85,7 @@ def estimate_memory(recipe: Recipe, step: TrainStep, share: int) -> dict[str, in
 
 def count_half_weights(network: nn.Module) -> int:
     """Return the bytes of a network's half-precision copies for autocast (`half_weights.py`)."""
-    layers = (module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Linear)))
+    layers = (module for module in network.modules() if type(module) in HALVED)
     return sum(2 * parameter.numel() for layer in layers for parameter in layer.parameters())
 
 

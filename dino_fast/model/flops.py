@@ -8,14 +8,16 @@ the model needs, whatever the machine does. Its share of the peak is the "model 
 import re
 from collections.abc import Hashable
 from functools import cache
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from dino_fast.model.backbones import build_backbone
 from dino_fast.model.head import DinoHead, HeadRecipe
-from dino_fast.model.vit import Attention
 from pipelines.crops import CropRecipe
 
 # FLOP/s in bfloat16 or float16 with sums in float32, dense, by torch's name of the GPU. The first match counts.
@@ -79,27 +81,36 @@ class Layer(NamedTuple):
 @cache
 def list_layers(backbone: str, side: int) -> tuple[Layer, ...]:
     """Return a backbone's layers at `side` pixels, in the order of its forward pass."""
-    found: list[Layer] = []
-
-    def note(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        flops = 2.0 * output.numel() * layer.get_parameter("weight")[0].numel()
-        found.append(Layer(flops, inputs[0].numel() + output.numel(), 3 if found else 2))
-
-    def note_products(attention: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        assert isinstance(attention, Attention)
-        tokens, width = output.shape[-2:]
-        flops, elements = 2.0 * tokens**2 * width, 2 * tokens * width + attention.heads * tokens**2
-        found.extend([Layer(flops, elements, 3)] * 2)  # queries by keys, and their softmax by values
-
     with torch.device("meta"):
         network, _ = build_backbone(backbone)
-        for layer in network.modules():
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                layer.register_forward_hook(note)
-            elif isinstance(layer, Attention):
-                layer.register_forward_hook(note_products)
-        network.eval()(torch.empty(1, 3, side, side))
-    return tuple(found)
+        # As two products: a kernel that fuses them has its own operation on each device.
+        with _LayerNotes(network) as notes, sdpa_kernel(SDPBackend.MATH):
+            network.eval()(torch.empty(1, 3, side, side))
+    return tuple(notes.found)
+
+
+class _LayerNotes(TorchDispatchMode):
+    """Notes every convolution and matrix product that runs, whatever module asks for it."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.found: list[Layer] = []
+        self._weights = {_storage_id(weight) for weight in network.parameters()}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        output = func(*args, **(kwargs or {}))
+        if count := flop_registry.get(func.overloadpacket):
+            tensors = [value for value in args if isinstance(value, Tensor) and _storage_id(value) not in self._weights]
+            elements = sum(tensor.numel() for tensor in (*tensors, output))
+            flops = float(count(*args, **(kwargs or {}), out_val=output))
+            self.found.append(Layer(flops, elements, 3 if self.found else 2))
+        return output
+
+
+def _storage_id(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def list_step_layers(recipe: Architecture) -> list[tuple[int, Layer]]:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HALVED = (nn.Conv2d, nn.Linear)  # not what is derived from them, which may compute something else
+
 
 class HalfConv2d(nn.Conv2d):
     """An `nn.Conv2d` that, under autocast, multiplies by `half_weight`."""
@@ -39,7 +41,7 @@ def keep_half_weights(network: nn.Module, dtype: torch.dtype) -> dict[Tensor, Te
     """
     copies: dict[Tensor, Tensor] = {}
     for module in network.modules():
-        if type(module) not in (nn.Conv2d, nn.Linear):
+        if type(module) not in HALVED:
             continue
         module.__class__ = HalfConv2d if isinstance(module, nn.Conv2d) else HalfLinear
         for name in ("weight", "bias"):
