@@ -8,6 +8,8 @@ from typing import Any
 from dino_fast.advise import doctor, plan
 from dino_fast.config import Recipe, describe_type, list_settings
 from dino_fast.evaluate import knn, linear
+from dino_fast.model.backbones import BACKBONES, BackboneName
+from dino_fast.model.timm_backbones import PREFIX
 from shards.completion import SHELLS
 
 _OWN_FLAGS = {  # of the commands, besides the settings of a recipe
@@ -46,4 +48,6 @@ def _list_choices(hint: Any) -> list[str] | None:
     """Return the values that a setting may have. Return None if it may have any number or text."""
     if hint is bool:
         return ["true", "false"]
+    if hint == BackboneName:
+        return [*BACKBONES, PREFIX]
     return [str(value) for value in typing.get_args(hint)] if typing.get_origin(hint) is typing.Literal else None

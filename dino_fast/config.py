@@ -26,6 +26,7 @@ from jsonargparse import (  # type: ignore[attr-defined]  # it exports by a list
 from dino_fast import config_checks
 from dino_fast.durations import Duration, parse
 from dino_fast.evaluate.online_knn import KnnRecipe
+from dino_fast.model.backbones import BACKBONES, BackboneName
 from dino_fast.model.head import HeadRecipe
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe
@@ -86,14 +87,12 @@ class Recipe:
     fp32 is faster"""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """device of the run; auto: the GPU where there is one"""
-    backbone: Literal[
-        "resnet18", "resnet34", "resnet50", "resnet101", "vit_tiny_patch16", "vit_small_patch16", "vit_small_patch8",
-        "vit_base_patch16", "vit_base_patch8",
-    ] = "resnet50"  # fmt: skip
-    """network that is trained: a ResNet from torchvision, or a vision transformer as published"""
+    backbone: BackboneName = "resnet50"
+    """network that is trained: a ResNet from torchvision, a vision transformer as published, or timm/NAME: any model of
+    timm that takes the sizes of the crops, without dropout and drop path"""
     drop_path: Annotated[float, Ge(0), Le(0.9)] = 0.1
     """probability with which the last block of a student's vision transformer leaves out a branch for a crop; it rises
-    evenly from 0 in the first block. ResNets have no drop path"""
+    evenly from 0 in the first block. ResNets and timm's models are trained without drop path"""
     activation_checkpointing: bool = False
     """whether the backward pass computes each block of the student's vision transformer again, of which only the input
     is kept. That takes about a quarter more time and a fraction of the memory; `dino-fast plan` tells how much"""
@@ -219,7 +218,8 @@ def explain_message(message: str, settings: dict[str, Any], also: Sequence[str] 
     if missing:
         return f"--config {missing[1].strip()}: no such file"
     # Where pydantic is installed, jsonargparse lets it check ranges, and repeats its words.
-    wrong = re.search(r'Parser key "([\w.]+)":\s+(?:Expected|\d+ validation).*Got value: (.*)', message, re.DOTALL)
+    refusal = r'Parser key "([\w.]+)":\s+(?:Expected|Does not validate|\d+ validation).*(?:Got|Given) value: (.*)'
+    wrong = re.search(refusal, message, re.DOTALL)
     if wrong and wrong[1] in settings:
         return f"{wrong[1]} = {wrong[2]}: expected {describe_type(settings[wrong[1]])}"
     return " ".join(message.split())
@@ -229,6 +229,8 @@ def describe_type(hint: Any) -> str:
     """Return in words what a setting may be: "a whole number, at least 1"."""
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if hint == BackboneName:
+        return f"one of {', '.join(BACKBONES)}, or timm/NAME"
     if hint == Duration:
         return 'epochs, such as 100, or a length such as "5000 steps" or "2M images"'
     if hint == PerChannel:
@@ -281,6 +283,7 @@ def find_contradictions(recipe: Recipe) -> Iterator[str]:
     """Yield one line for each contradiction between settings, with its fix."""
     if not recipe.output:
         yield "output is empty: name a folder for checkpoints and metrics, such as runs/mine"
+    yield from config_checks.check_backbone(recipe.backbone)
     yield from config_checks.check_crops(recipe.crops)
     yield from config_checks.check_augmentation(recipe.augment)
     yield from config_checks.check_data(recipe.data)

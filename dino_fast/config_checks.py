@@ -4,12 +4,21 @@ import math
 from collections.abc import Iterator, Mapping
 
 from dino_fast.durations import Duration, parse
+from dino_fast.model.backbones import check_name
 from dino_fast.model.head import HeadRecipe
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe
 from pipelines.crops import CropRecipe
 from pipelines.loader import DataRecipe
 from pipelines.photometric import PhotometricRecipe
+from shards.errors import UserError
+
+
+def check_backbone(name: str) -> Iterator[str]:
+    try:
+        check_name(name)
+    except UserError as error:
+        yield str(error)
 
 
 def check_crops(crops: CropRecipe) -> Iterator[str]:

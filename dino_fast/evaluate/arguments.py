@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from dino_fast.evaluate.features import load_backbone, read_normalization
+from dino_fast.model.trial import check_size
 from pipelines.labeled import CenterCrop, choose_resize
 from shards.argument_types import Parser
 from shards.argument_types import parse_path as parse_path_or_url
@@ -131,6 +132,7 @@ def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, CenterCr
     resize = options.resize or choose_resize(crop)
     if resize < crop:
         raise UserError(f"--resize {resize} is smaller than the crop of {crop} pixels. Raise it, or lower --crop.")
+    check_size(recipe["backbone"], crop, "--crop")
     normalization = read_normalization(recipe)
     return backbone, CenterCrop(resize, crop, normalization), {
         "checkpoint": str(options.checkpoint), "step": step, "network": options.network, "resize": resize, "crop": crop,

@@ -39,7 +39,9 @@ def load_backbone(path: Path, network: Literal["teacher", "student"]) -> tuple[n
     try:
         backbone, _ = build_backbone(state["recipe"]["backbone"])
         backbone.load_state_dict(weights)
-    except (KeyError, TypeError, RuntimeError, UserError) as error:
+    except UserError as error:  # no such backbone, or timm is missing
+        raise UserError(f"--checkpoint {path}: {error}") from error
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"--checkpoint {path}: the weights of its {network} do not fit the backbone that its recipe names. Pass a "
             "checkpoint that `dino-fast train` wrote."

@@ -1,14 +1,18 @@
-"""The backbones: torchvision's ResNets without their classifier, and the published vision transformers."""
+"""The backbones: torchvision's ResNets without their classifier, the published vision transformers, and timm's models.
+
+torchvision's and the published ones are named here. Those of timm are in `timm_backbones.py`.
+"""
 
 import contextlib
 import difflib
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from dino_fast.model.timm_backbones import PREFIX, build_timm_backbone, check_timm_name
 from dino_fast.model.vit import DEPTH, VisionTransformer
 from shards.errors import UserError
 
@@ -27,7 +31,14 @@ _VITS = {
     "vit_base_patch8": (8, 768, 12),
 }
 BACKBONES = (*_RESNETS, *_VITS)
-STRIDE = 32  # pixels of an image, in each direction, for one of a ResNet's last feature map
+BackboneName = (
+    Literal[
+        "resnet18", "resnet34", "resnet50", "resnet101", "vit_tiny_patch16", "vit_small_patch16", "vit_small_patch8",
+        "vit_base_patch16", "vit_base_patch8",
+    ]
+    | str
+)  # fmt: skip
+"""one of BACKBONES, or the name of a model of timm behind `timm/`"""
 
 
 class GlobalAveragePool(nn.Module):
@@ -56,15 +67,14 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     """Build a new backbone, which maps [N, 3, H, W] to [N, D]. Returns it and its D.
 
     The last batch norm of a residual block starts at 1 (torchvision's default), as published. Weights are drawn from
-    torch's global generator. Raises UserError for a name that is not in `BACKBONES`.
+    torch's global generator. Raises what `check_name` does.
     """
     if name in _VITS:
         patch, width, heads = _VITS[name]
         return VisionTransformer(patch, width, heads), width
-    if name not in _RESNETS:
-        near = difflib.get_close_matches(name, BACKBONES, n=1)
-        hint = f"Did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"unknown backbone {name!r}. {hint}The choices are {', '.join(BACKBONES)}.")
+    check_name(name)
+    if name.startswith(PREFIX):
+        return build_timm_backbone(name)
     backbone = _RESNETS[name](weights=None)
     features = backbone.fc.in_features
     backbone.fc = nn.Identity()
@@ -72,8 +82,22 @@ def build_backbone(name: str) -> tuple[nn.Module, int]:
     return backbone, features
 
 
+def check_name(name: str) -> None:
+    """Raise UserError, with the nearest name, for a name that no backbone has, and for one of timm without timm."""
+    if name in BACKBONES:
+        return
+    if name.startswith(PREFIX):
+        check_timm_name(name)
+        return
+    near = difflib.get_close_matches(name, BACKBONES, n=1)
+    hint = f"Did you mean {near[0]!r}? " if near else ""
+    raise UserError(
+        f"unknown backbone {name!r}. {hint}The choices are {', '.join(BACKBONES)}, or {PREFIX}NAME for a model of timm."
+    )
+
+
 def count_blocks(name: str) -> int:
-    """Return the number of blocks of a vision transformer, or 0 for other backbones."""
+    """Return the number of blocks with drop path: those of a published vision transformer, 0 for other backbones."""
     return DEPTH if name in _VITS else 0
 
 

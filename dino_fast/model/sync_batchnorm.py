@@ -51,8 +51,22 @@ class SyncBatchNorm(_BatchNorm):
             raise ValueError(f"batch norm needs [N, C, ...], got {tuple(input.shape)}")
 
 
+class SyncBatchNormAct(SyncBatchNorm):
+    """Does that for timm's BatchNormAct2d, in which a drop layer and an activation follow the norm."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.act(self.drop(super().forward(x)))
+        return out
+
+
 def convert_sync_batchnorm(module: nn.Module) -> None:
-    """Replace every nn.BatchNorm1d and nn.BatchNorm2d below `module` in place, keeping parameters and buffers."""
+    """Replace every nn.BatchNorm1d and nn.BatchNorm2d below `module` in place, keeping parameters and buffers.
+
+    What timm's norms hold beside them stays, too. Raises TypeError for a norm of another class, which may do more.
+    """
     for name, child in module.named_children():
         if isinstance(child, (nn.BatchNorm1d, nn.BatchNorm2d)):
             setattr(module, name, _make_synchronized(child))
@@ -61,7 +75,13 @@ def convert_sync_batchnorm(module: nn.Module) -> None:
 
 
 def _make_synchronized(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> SyncBatchNorm:
-    new = SyncBatchNorm(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    inside = dict(norm.named_children())
+    if type(norm) not in (nn.BatchNorm1d, nn.BatchNorm2d) and inside.keys() != {"drop", "act"}:
+        raise TypeError(f"{type(norm).__name__} is a batch norm that cannot be synchronized over ranks")
+    kind = SyncBatchNormAct if inside else SyncBatchNorm
+    new = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+    for name, child in inside.items():
+        new.add_module(name, child)
     new.weight, new.bias = norm.weight, norm.bias
     new.running_mean, new.running_var = norm.running_mean, norm.running_var
     new.num_batches_tracked = norm.num_batches_tracked

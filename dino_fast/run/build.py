@@ -7,8 +7,9 @@ import torch
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks, wrap_in_ddp
-from dino_fast.model.backbones import STRIDE, checkpoint_activations, count_blocks
+from dino_fast.model.backbones import checkpoint_activations
 from dino_fast.model.student_teacher import build_student_teacher
+from dino_fast.model.trial import count_positions
 from dino_fast.step.compiled import compile_backbones, find_compile_problem
 from dino_fast.step.optimizers import build_optimizer
 from dino_fast.step.precision import DTYPES
@@ -61,22 +62,23 @@ def build_train_step(
 
 
 def check_batch_size(recipe: Recipe, ranks: Ranks) -> None:
-    """Raise UserError for a batch that cannot be split evenly among ranks and parts, or is too small for batch norm."""
+    """Raise UserError for a batch that cannot be split evenly among ranks and parts, or is too small for batch norm.
+
+    Raise it also for crops of a size that the backbone cannot take.
+    """
     if recipe.batch_size % (ranks.world * recipe.accumulate):
         raise UserError(
             f"--batch_size {recipe.batch_size} cannot be split evenly among {ranks.world} ranks with --accumulate "
             f"{recipe.accumulate} parts each. Choose a multiple of {ranks.world * recipe.accumulate}."
         )
-    if count_blocks(recipe.backbone):
-        return  # a vision transformer, which has no batch norm
-    sizes = recipe.crops.sizes  # of an image's views; those of one size are one batch to batch norm
-    for size in set(sizes):
-        values = recipe.batch_size // recipe.accumulate * sizes.count(size) * (-(-size // STRIDE)) ** 2
-        if values == 1:
+    for flag, (size, _) in zip(("--crops.global_size", "--crops.local_size"), recipe.crops.resolutions, strict=False):
+        positions = count_positions(recipe.backbone, size, flag)
+        # Views of one size are one batch to batch norm.
+        if positions and recipe.batch_size // recipe.accumulate * recipe.crops.sizes.count(size) * positions == 1:
             raise UserError(
                 f"--batch_size {recipe.batch_size} with --accumulate {recipe.accumulate} gives batch norm a single "
                 f"value: the last feature map of one view of {size} pixels is one pixel. Pass more images, "
-                f"--crops.locals 2, or --crops.local_size {STRIDE + 1}."
+                "--crops.locals 2, or larger crops."
             )
 
 

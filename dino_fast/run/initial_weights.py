@@ -9,10 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dino_fast.model.backbones import BACKBONES, build_backbone
-from dino_fast.run.weight_files import DIRECTIONS, EXPECTED, FileWeights, name_few, read_weights
+from dino_fast.model.timm_backbones import find_classifiers
+from dino_fast.run.weight_files import (
+    DIRECTIONS,
+    EXPECTED,
+    OUR_KINDS,
+    FileWeights,
+    Kinds,
+    name_few,
+    read_weights,
+)
 from dino_fast.step.train_step import TrainStep
 from shards.errors import UserError
 
@@ -25,18 +34,32 @@ def load_initial_weights(step: TrainStep, path: Path) -> list[str]:
     """Load the weights of another run into `step`, whose optimizer stays as it is. Returns lines to print.
 
     path: a checkpoint of dino-fast or the folder of its run; a .pth file of facebookresearch/dino, full or of a
-    backbone alone; or a state dict of torchvision's ResNets, in a .safetensors file or in what other programs save
-    around it. Classifiers, projectors and moving averages of other programs are ignored. Where the file has no head,
-    that of `step` stays. Raises UserError for a file that is damaged, that does not fit (with the names, and the
-    settings that would fit), or whose weights are not finite. `step` is then as it was.
+    backbone alone; or a state dict of torchvision's ResNets, or of the model of timm that is trained, in a .safetensors
+    file or in what other programs save around it. Classifiers, projectors and moving averages of other programs are
+    ignored. Where the file has no head, that of `step` stays. Raises UserError for a file that is damaged, that does
+    not fit (with the names, and the settings that would fit), or whose weights are not finite. `step` is then as it
+    was.
     """
-    found, lines = read_weights(path)
+    found, lines = read_weights(path, _find_kinds(step.bare_student.backbone))
     pairs = _match_all(path, step, found)  # raises
     with torch.no_grad():
         for own, value in pairs:
             own.copy_(value)
     step.update.after_load()
     return [*lines, *_describe(path, found), *_warn_of_lengths(step)]
+
+
+def _find_kinds(backbone: nn.Module) -> Kinds:
+    """Return by which names a backbone is found in a file: those of ours, or for a model of timm its own."""
+    classifiers = find_classifiers(backbone)
+    if classifiers is None:
+        return OUR_KINDS
+    names = list(backbone.state_dict())
+    landmark = next(name for name in names if not any(other.endswith(f".{name}") for other in names))
+    # A module that the classifier lies in is named by what else is in it: head.norm beside head.fc.
+    outer = {classifier.split(".")[0] for classifier in classifiers}
+    paths = (name.split(".") for name in names)
+    return {landmark: {".".join(path[: 2 if path[0] in outer else 1]) for path in paths}}
 
 
 def _match_all(path: Path, step: TrainStep, found: FileWeights) -> list[tuple[Tensor, Tensor]]:
@@ -88,15 +111,16 @@ def _shapes(weights: Mapping[str, Tensor]) -> Shapes:
 def _suggest_settings(ours: Shapes, theirs: Shapes) -> str:
     """Return the settings with which the file would fit, as far as it tells them."""
     has, wanted = _infer_settings(ours), _infer_settings(theirs)
-    if "backbone" not in wanted:
-        return f"Its backbone is none of {', '.join(BACKBONES)}, or not complete. Pass another file."
+    if "backbone" not in wanted and _pick_backbone(ours) != _pick_backbone(theirs):
+        others = f"{', '.join(BACKBONES)}, or not complete"
+        return f"Its backbone is none of {others}. Pass another file, or for a model of timm --backbone timm/NAME."
     flags = [f"--{name} {value}" for name, value in wanted.items() if value != has.get(name)]
     return f"Pass {' '.join(flags)}." if flags else "Pass another file."
 
 
 def _infer_settings(shapes: Shapes) -> dict[str, str]:
     """Return the settings of a network with weights of these shapes, as far as shapes tell them."""
-    backbone = {name: shape for name, shape in shapes.items() if name.startswith("backbone.")}
+    backbone = _pick_backbone(shapes)
     settings: dict[str, Any] = {"backbone": name for name in BACKBONES if backbone == _backbone_shapes(name)}  # noqa: B035
     layers = sorted((name for name in shapes if re.fullmatch(r"head\.mlp\.(\d+\.)?weight", name)), key=_number)
     linear = [shapes[name] for name in layers if len(shapes[name]) == 2]  # [out, in] each; a batch norm has [width]
@@ -109,6 +133,10 @@ def _infer_settings(shapes: Shapes) -> dict[str, str]:
     if DIRECTIONS in shapes:
         settings["head.out_dim"] = shapes[DIRECTIONS][0]
     return {name: str(value).lower() for name, value in settings.items()}
+
+
+def _pick_backbone(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if name.startswith("backbone.")}
 
 
 def _number(name: str) -> int:

@@ -5,6 +5,7 @@ import time
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
 from dino_fast.evaluate.online_knn import OnlineKnn
+from dino_fast.model.trial import check_size
 from dino_fast.run.training_run import TrainingRun
 from shards.errors import UserError
 
@@ -13,6 +14,7 @@ def open_knn(recipe: Recipe, ranks: Ranks) -> OnlineKnn | None:
     """Open the labeled shards of the k-NN score. Returns None if the recipe asks for no score."""
     if not recipe.knn.enabled:
         return None
+    check_size(recipe.backbone, recipe.knn.crop or recipe.crops.global_size, "--knn.crop")
     return OnlineKnn(recipe.knn, recipe.crops.global_size, ranks, recipe.data.normalization)
 
 

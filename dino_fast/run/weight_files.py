@@ -6,7 +6,7 @@ Nothing in a file is executed.
 import re
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,13 +28,13 @@ _PLACES = (
 )  # fmt: skip
 _DEEPEST = 8  # state dicts inside each other; a forged file may hold itself
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_forward_module"}  # parts of names: DDP's, torch.compile's
-# A name of each kind of backbone, and its modules, besides its classifier. What stands before this name stands before
-# all of the backbone's.
-_KINDS = {
+Kinds = Mapping[str, Collection[str]]
+"""A name of each kind of backbone, and its modules, besides its classifier. What stands before this name stands before
+all of the backbone's."""
+OUR_KINDS: Kinds = {
     "layer1.0.conv1.weight": {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"},
     "patch_embed.proj.weight": {"cls_token", "pos_embed", "patch_embed", "blocks", "norm"},
 }
-_LANDMARKS = "|".join(map(re.escape, _KINDS))
 _AVERAGE = re.compile(r"(^|\.)(momentum|ema|target|teacher|model_ema|encoder_k)")  # a copy that follows the network
 _WEIGHT, _LENGTHS, DIRECTIONS = (f"head.last_layer.{name}" for name in ("weight", "weight_g", "weight_v"))
 
@@ -91,13 +91,14 @@ class FileWeights(NamedTuple):
         return any(name.startswith("head.") for name in (*self.student, *self.teacher))
 
 
-def read_weights(path: Path) -> tuple[FileWeights, list[str]]:
+def read_weights(path: Path, kinds: Kinds = OUR_KINDS) -> tuple[FileWeights, list[str]]:
     """Return the weights of a file, or of the newest checkpoint in a run's folder, and lines to print.
 
+    kinds: the kinds of backbones that may be in it.
     Raises UserError for a file that is damaged, or that holds no network, or several.
     """
     state, lines = _read(path)
-    return _find_weights(path, state), lines
+    return _find_weights(path, state, kinds), lines
 
 
 def _read(path: Path) -> tuple[Any, list[str]]:
@@ -150,13 +151,13 @@ def _make_stand_ins(path: Path) -> list[Callable[..., Any] | tuple[Callable[...,
     ]
 
 
-def _find_weights(path: Path, state: Any) -> FileWeights:
+def _find_weights(path: Path, state: Any, kinds: Kinds) -> FileWeights:
     """Find the networks and the center, in any layout. Raises UserError where there are none."""
     parts, place = (state["model"], []) if _is_ours(state) else _unwrap(state)
     if not isinstance(parts, dict):
         raise UserError(f"{path} holds no weights. {EXPECTED}")
-    networks = [_rename(path, parts[name]) for name in ("student", "teacher") if name in parts]
-    networks = networks or [_rename(path, parts)]
+    networks = [_rename(path, parts[name], kinds) for name in ("student", "teacher") if name in parts]
+    networks = networks or [_rename(path, parts, kinds)]
     loss = parts.get("dino_loss")
     center = parts.get("center", loss.get("center") if isinstance(loss, dict) else None)
     if center is not None and not _is_plain(center):
@@ -194,7 +195,7 @@ class _Network(NamedTuple):
     """what stands before the backbone's names, if that is unusual"""
 
 
-def _rename(path: Path, weights: Any) -> _Network:
+def _rename(path: Path, weights: Any, kinds: Kinds) -> _Network:
     """Return a network's weights by our names: the published ones without what other programs write before them.
 
     Raises UserError where there are no weights, or not one backbone.
@@ -210,15 +211,16 @@ def _rename(path: Path, weights: Any) -> _Network:
         if name in named:
             raise UserError(f"{path} holds {name_few([name])} twice, under different prefixes. {EXPECTED}")
         named[name] = value
-    return _pick_network(named, _find_root(path, named))
+    return _pick_network(named, _find_root(path, named, kinds), kinds)
 
 
-def _find_root(path: Path, names: Iterable[str]) -> str:
+def _find_root(path: Path, names: Iterable[str], kinds: Kinds) -> str:
     """Return what stands before the names of the trained backbone. Raises UserError where there are several.
 
     Where there is none, it is what would stand before its names in a published file.
     """
-    found = (re.fullmatch(rf"((?:.*\.)?)(?:{_LANDMARKS})", name) for name in names)
+    landmarks = re.compile(rf"((?:.*\.)?)(?:{'|'.join(map(re.escape, kinds))})")
+    found = (landmarks.fullmatch(name) for name in names)
     roots = [match[1] for match in found if match]
     trained = [root for root in roots if not _AVERAGE.search(root)] if len(roots) > 1 else roots
     if len(trained) == 1:
@@ -229,24 +231,28 @@ def _find_root(path: Path, names: Iterable[str]) -> str:
     return "backbone." if any(name.startswith("backbone.") for name in names) else ""
 
 
-def _pick_network(named: Mapping[str, Tensor], root: str) -> _Network:
+def _pick_network(named: Mapping[str, Tensor], root: str, kinds: Kinds) -> _Network:
     """Pick the backbone whose names begin with `root`, and the head beside it or in it."""
     home = re.sub(r"[^.]*\.$", "", root)
     has_head = any(name.startswith((f"{home}head.mlp.", f"{home}head.last_layer.")) for name in named)
-    modules = next((kind for landmark, kind in _KINDS.items() if f"{root}{landmark}" in named), None)
+    modules = next((kind for landmark, kind in kinds.items() if f"{root}{landmark}" in named), None)
     picked: dict[str, Tensor] = {}
     ignored: set[str] = set()
     for name, value in named.items():
         inner = name.removeprefix(root)
         if has_head and name.startswith(f"{home}head."):
             picked[name.removeprefix(home)] = value
-        elif name.startswith(root) and (modules is None or inner.split(".")[0] in modules):
+        elif name.startswith(root) and (modules is None or _is_inside(inner, modules)):
             picked[f"backbone.{inner}"] = value
         else:
             near = root if name.startswith(root) else home if name.startswith(home) else ""
             ignored.add(("" if near == root else near) + name.removeprefix(near).split(".")[0])
     place = [] if root in ("", "backbone.") else [root.rstrip(".")]
     return _Network(_split_last_layer(picked), sorted(ignored), place)
+
+
+def _is_inside(name: str, modules: Collection[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def _is_plain(value: Any) -> bool:

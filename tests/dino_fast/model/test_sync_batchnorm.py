@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from dino_fast.model.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
@@ -26,6 +27,8 @@ CASES: dict[str, tuple[tuple[int, ...], tuple[int, int], torch.dtype, dict[str, 
     "far from zero": ((6, 5, 4), (4, 4), torch.float32, {"eps": 1e-3}),
     "cumulative": ((6, 2, 2), (2, 3), torch.float64, {"momentum": None}),
     "without affine": ((6, 2, 2), (2, 3), torch.float64, {"affine": False}),
+    "with an activation": ((6, 5, 4), (1, 7), torch.float64, {"act_layer": nn.SiLU}),  # timm's
+    "with a learned activation": ((6, 5, 4), (4, 3), torch.float64, {"act_layer": nn.PReLU, "inplace": False}),
 }
 
 
@@ -33,7 +36,8 @@ def _case(name: str) -> tuple[nn.BatchNorm1d | nn.BatchNorm2d, list[Tensor], Ten
     """A norm with its own weights, two batches after each other, and the weights of a scalar loss."""
     shape, rows, dtype, options = CASES[name]
     r = torch.Generator().manual_seed(len(name))
-    norm = (nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d)(shape[0], **options).to(dtype)
+    plain = nn.BatchNorm2d if len(shape) == 3 else nn.BatchNorm1d
+    norm = (BatchNormAct2d if "act_layer" in options else plain)(shape[0], **options).to(dtype)
     for p in norm.parameters():
         nn.init.normal_(p, generator=r)
     batches = [torch.randn(sum(rows), *shape, dtype=dtype, generator=r) for _ in range(2)]
@@ -149,6 +153,23 @@ def test_conversion_reaches_every_level_and_keeps_tensors_and_modes() -> None:
     new = model[1]["a"][0]  # type: ignore[index]
     assert isinstance(new, SyncBatchNorm)
     assert (new.eps, new.momentum, new.training, model[0].training) == (0.1, 0.2, True, False)
+
+
+def test_one_process_is_timms_batch_norm_with_its_activation_bit_for_bit() -> None:
+    norm, batches, loss = _case("with an activation")
+    other, others, _ = _case("with an activation")
+    model = nn.Sequential(other)
+    convert_sync_batchnorm(model)
+    assert isinstance(model[0], SyncBatchNorm)
+    torch.testing.assert_close(_run(model[0], others, loss), _run(norm, batches, loss), rtol=0, atol=0)
+
+
+def test_a_norm_of_another_class_is_refused() -> None:
+    class Other(nn.BatchNorm2d):
+        pass
+
+    with pytest.raises(TypeError, match="Other is a batch norm that cannot be synchronized"):
+        convert_sync_batchnorm(nn.Sequential(Other(3)))
 
 
 def test_a_vector_is_refused() -> None:

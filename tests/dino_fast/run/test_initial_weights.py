@@ -404,7 +404,7 @@ def test_several_backbones_are_refused_by_their_names(refused) -> None:
 def test_other_networks_are_refused_by_their_names(refused) -> None:
     line = refused({"state_dict": hollow({"module.features.0.weight": [64, 3, 3, 3], "module.features.0.bias": [64]})})
     assert "2 unexpected (backbone.features.0.weight, backbone.features.0.bias)" in line
-    assert line.endswith("or not complete. Pass another file.")
+    assert line.endswith("or not complete. Pass another file, or for a model of timm --backbone timm/NAME.")
     vit = hollow({"model.cls_token": [1, 1, 384], "model.patch_embed.proj.weight": [384, 3, 16, 16]})
     assert "does not fit this run" in refused({"state_dict": vit})
     line = refused({"model": hollow(resnet_shapes("resnet50")), "args": argparse.Namespace()})
@@ -588,7 +588,7 @@ def test_another_backbone_is_refused_with_its_name(refused, backbone: str) -> No
 
 def test_a_backbone_that_is_none_of_ours(refused) -> None:
     line = refused(hollow(resnet_shapes("resnet152")))
-    assert line.endswith(f"Its backbone is none of {', '.join(BACKBONES)}, or not complete. Pass another file.")
+    assert f"Its backbone is none of {', '.join(BACKBONES)}, or not complete. Pass another file, or" in line
 
 
 def test_keys_that_are_missing_unexpected_and_misshapen_are_counted_and_named(refused) -> None:

@@ -1,0 +1,66 @@
+"""timm's models as backbones, by the name `timm/NAME`: random weights, pooled features, no classifier, no dropout.
+
+timm is a library of more than a thousand models that others keep up. So they are not written here. Nothing is
+downloaded: a new model has random weights, and names that would fetch a file are not in timm's list.
+"""
+
+import difflib
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from shards.errors import UserError
+
+PREFIX = "timm/"
+
+
+def build_timm_backbone(name: str) -> tuple[nn.Module, int]:
+    """Build the model `timm/NAME`, which maps [N, 3, H, W] to [N, D]. Returns it and its D.
+
+    A model that can take images of any size is told to. Dropout and drop path are off: they would draw from torch's
+    global generator, and a resumed run would draw other numbers. Raises what `check_timm_name` does.
+    """
+    check_timm_name(name)
+    create, model = _import_timm(name).create_model, name.removeprefix(PREFIX)
+    try:
+        network = create(model, pretrained=False, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # it has no such setting, as convolutional models do not need one
+        network = create(model, pretrained=False, num_classes=0)
+    for module in network.modules():
+        if isinstance(module, _DropoutNd):
+            module.p = 0.0
+        for rate in ("drop_prob", "drop_rate"):  # of timm's drop path and drop block; of models that call F.dropout
+            if hasattr(module, rate):
+                setattr(module, rate, 0.0)
+    return network, network.head_hidden_size
+
+
+def check_timm_name(name: str) -> None:
+    """Raise UserError where timm is not installed, or has no model of this name, with the nearest one."""
+    known, model = _import_timm(name).list_models(), name.removeprefix(PREFIX)
+    if model not in known:
+        near = difflib.get_close_matches(model, known, n=1)
+        hint = f"Did you mean {PREFIX}{near[0]}? " if near else ""
+        raise UserError(f"backbone {name!r}: timm has no model of this name. {hint}timm.list_models() lists all.")
+
+
+def find_classifiers(network: nn.Module) -> tuple[str, ...] | None:
+    """Return the names that a model's classifiers have in timm. Return None for a network that is not timm's."""
+    about: Any = getattr(network, "pretrained_cfg", None)
+    if about is None:
+        return None
+    names = about.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _import_timm(name: str) -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(
+            f"backbone {name!r}: the package timm is not installed. Run pip install -e '.[timm]', or choose another "
+            "backbone."
+        ) from error
+    return timm
