@@ -29,6 +29,7 @@ ROOMS = {
         ("config",),
         ("config_checks",),
         ("evaluate",),
+        ("weights",),
         ("step",),
         ("model",),
         ("checkpoint", "distributed", "durations"),

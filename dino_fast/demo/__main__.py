@@ -134,7 +134,7 @@ def score_teacher(sets: ImageSets, recipe: Recipe, checkpoint: Path | None) -> f
         with join_ranks(recipe.device) as ranks:
             backbone = build_train_step(recipe, ranks).teacher.backbone
     else:
-        backbone = load_backbone(checkpoint, "teacher")[0]
+        backbone = load_backbone(checkpoint, "teacher").network
     crop = recipe.crops.global_size
     center = CenterCrop(choose_resize(crop), crop, recipe.data.normalization)
     scores = evaluate_knn(backbone, sets.train, sets.val, center, torch.device("cpu"))

@@ -15,12 +15,15 @@ from typing import Any, NoReturn
 from torch import nn
 
 from dino_fast.evaluate.features import load_backbone, read_normalization
+from dino_fast.model.backbones import BACKBONES
 from dino_fast.model.trial import check_size
 from pipelines.labeled import CenterCrop, choose_resize
 from shards.argument_types import Parser
 from shards.argument_types import parse_path as parse_path_or_url
 from shards.errors import UserError
 from shards.text import escape_unprintable
+
+PUBLISHED_CROP = 224  # pixels
 
 
 class FlagParser(Parser):
@@ -85,7 +88,13 @@ class EvaluationParser(FlagParser):
         super().__init__(prog=f"dino-fast {command}", description=description, epilog=epilog)
         self.add_argument(
             "--checkpoint", type=Path, required=True, metavar="FILE",
-            help="a step-….pt file, or the output folder of a run, which means its newest checkpoint",
+            help="a step-….pt file, or the output folder of a run, which means its newest checkpoint; or weights that "
+            "other programs saved, as for --init_from of dino-fast train",
+        )  # fmt: skip
+        self.add_argument(
+            "--backbone", metavar="NAME",
+            help="backbone of weights that other programs saved, such as timm/NAME (default: the one of "
+            f"{', '.join(BACKBONES)} whose shapes they have)",
         )  # fmt: skip
         self.add_argument(
             "--train", type=parse_path_or_url, required=True, metavar="DIR",
@@ -105,7 +114,8 @@ class EvaluationParser(FlagParser):
         )  # fmt: skip
         self.add_argument(
             "--crop", type=_parse_pixels, metavar="PIXELS",
-            help="side of the center crop (default: crops.global_size of the checkpoint's recipe)",
+            help="side of the center crop (default: crops.global_size of the checkpoint's recipe, or else "
+            f"{PUBLISHED_CROP})",
         )  # fmt: skip
         self.add_argument(
             "--device", choices=("auto", "cpu", "cuda"), default="auto",
@@ -123,21 +133,28 @@ def _parse_pixels(text: str) -> int:
 def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     """Load the backbone that the flags of an `EvaluationParser` name.
 
-    Return it with how images are prepared for it, and what a result's JSON begins with: checkpoint, step, network,
-    resize, crop, mean, std. Raises UserError for flags that do not fit each other or the files.
+    Return it with how images are prepared for it, and what a result's JSON begins with: checkpoint, backbone, step,
+    network, resize, crop, mean, std. Raises UserError for flags that do not fit each other or the files.
     """
     check_json_file(options.json)
-    backbone, recipe, step = load_backbone(options.checkpoint, options.network)
-    crop = options.crop or recipe["crops"]["global_size"]
+    name, backbone, recipe, step = load_backbone(options.checkpoint, options.network, options.backbone)
+    crop = options.crop or (recipe["crops"]["global_size"] if recipe else PUBLISHED_CROP)
     resize = options.resize or choose_resize(crop)
     if resize < crop:
         raise UserError(f"--resize {resize} is smaller than the crop of {crop} pixels. Raise it, or lower --crop.")
-    check_size(recipe["backbone"], crop, "--crop")
+    check_size(name, crop, "--crop")
     normalization = read_normalization(recipe)
     return backbone, CenterCrop(resize, crop, normalization), {
-        "checkpoint": str(options.checkpoint), "step": step, "network": options.network, "resize": resize, "crop": crop,
-        "mean": normalization.mean, "std": normalization.std,
+        "checkpoint": str(options.checkpoint), "backbone": name, "step": step, "network": options.network,
+        "resize": resize, "crop": crop, "mean": normalization.mean, "std": normalization.std,
     }  # fmt: skip
+
+
+def name_network(evaluation: dict[str, Any]) -> str:
+    """Return in words what is scored, from what `load_backbone_from` returned."""
+    if evaluation["step"] is None:
+        return f"{evaluation['backbone']} of {escape_unprintable(evaluation['checkpoint'])}"
+    return f"{evaluation['network']} after {evaluation['step']} steps"
 
 
 def check_json_file(file: Path | None) -> None:

@@ -1,18 +1,26 @@
 """Frozen features of labeled shards, and the backbone of a checkpoint that computes them."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
 
-from dino_fast import checkpoint
-from dino_fast.model.backbones import build_backbone
+from dino_fast.model.backbones import BACKBONES, build_backbone
+from dino_fast.weights.matching import (
+    Shapes,
+    find_backbone_name,
+    find_kinds,
+    list_shapes,
+    match_weights,
+    pick_backbone,
+)
+from dino_fast.weights.weight_files import OUR_KINDS, find_weights, is_ours, read_file
 from pipelines.labeled import CenterCrop, load_labeled_batches
 from pipelines.loader import count_default_threads
 from pipelines.photometric import MEAN, STD, Normalization
@@ -24,50 +32,68 @@ BATCH_SIZE = 64  # images that go through the backbone at once
 Item = TypeVar("Item")
 
 
-def load_backbone(path: Path, network: Literal["teacher", "student"]) -> tuple[nn.Module, dict[str, Any], int]:
-    """Load the backbone of a checkpoint file, or of the newest checkpoint in a run's folder.
+class TrainedBackbone(NamedTuple):
+    """A backbone out of a file of weights."""
 
-    Return the backbone, the run's recipe as plain data, and how many steps the run had done. Raises UserError for a
-    file that is no checkpoint, and for a folder without one.
+    name: str
+    """the backbone's"""
+    network: nn.Module
+    """maps [N, 3, H, W] to [N, D]"""
+    recipe: dict[str, Any]
+    """the run's recipe as plain data; empty where another program wrote the file"""
+    step: int | None
+    """steps that the run had done; None where another program wrote the file"""
+
+
+def load_backbone(path: Path, network: Literal["teacher", "student"], name: str | None = None) -> TrainedBackbone:
+    """Load the backbone of a file of weights, or of the newest checkpoint in a run's folder.
+
+    name: the backbone's, where neither a recipe nor the weights' shapes tell it. Damaged checkpoints are named on
+    standard error. Raises UserError for a file that holds no backbone, or that does not fit.
     """
-    state = _load_state(path)
-    weights = {
-        name.removeprefix("backbone."): value
-        for name, value in state["model"].get(network, {}).items()
-        if name.startswith("backbone.")
-    }
-    try:
-        backbone, _ = build_backbone(state["recipe"]["backbone"])
-        backbone.load_state_dict(weights)
-    except UserError as error:  # no such backbone, or timm is missing
-        raise UserError(f"--checkpoint {path}: {error}") from error
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+    state, lines = read_file(path)
+    for line in lines:
+        print(line, file=sys.stderr)
+    recipe, step = (state["recipe"], state["step"]) if is_ours(state) else ({}, None)
+    name = _choose_name(path, name, recipe.get("backbone"))
+    found = find_weights(path, state, find_kinds(build_backbone(name)[0]) if name else OUR_KINDS)
+    given = pick_backbone(found.teacher if network == "teacher" else found.student)
+    name = name or _recognize(path, given)
+    backbone, _ = build_backbone(name)
+    own = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
+    with torch.no_grad():
+        for value, theirs in match_weights(f"{path}: its {network}", own, given, _suggest_backbone):
+            value.copy_(theirs)
+    return TrainedBackbone(name, backbone, recipe, step)
+
+
+def _choose_name(path: Path, asked: str | None, recorded: str | None) -> str | None:
+    if asked and recorded and asked != recorded:
+        raise UserError(f"--backbone {asked}: the recipe of {path} says {recorded}. Leave the flag out.")
+    return asked or recorded
+
+
+def _recognize(path: Path, weights: Mapping[str, Tensor]) -> str:
+    """Return the name of the backbone whose weights have these shapes. Raises UserError where none of ours has."""
+    name = find_backbone_name(list_shapes(weights))
+    if name is None:
         raise UserError(
-            f"--checkpoint {path}: the weights of its {network} do not fit the backbone that its recipe names. Pass a "
-            "checkpoint that `dino-fast train` wrote."
-        ) from error
-    return backbone, state["recipe"], state["step"]
+            f"{path}: its backbone is none of {', '.join(BACKBONES)}, or not complete. For a model of timm pass "
+            "--backbone timm/NAME."
+        )
+    return name
+
+
+def _suggest_backbone(_: Shapes, theirs: Shapes) -> str:
+    """Return what to do about weights that do not fit."""
+    name = find_backbone_name(theirs)
+    return f"Pass --backbone {name}." if name else "Pass another file, or the --backbone that it is of."
 
 
 def read_normalization(recipe: dict[str, Any]) -> Normalization:
     """Return the normalization of a run from its recipe. In early checkpoints it is not a setting, but ImageNet's."""
     data = recipe.get("data", {})
     return Normalization(tuple(data.get("mean", MEAN)), tuple(data.get("std", STD)))
-
-
-def _load_state(path: Path) -> dict[str, Any]:
-    """Load a checkpoint file, or the newest valid one in a folder. Damaged ones are named on standard error."""
-    if not path.is_dir():
-        return checkpoint.load(path)
-    found = checkpoint.load_newest(path)
-    if found is None:
-        raise UserError(
-            f"--checkpoint {path}: this folder holds no checkpoint. Pass a step-….pt file, or a run's output folder."
-        )
-    state, damaged = found
-    for file in damaged:
-        print(f"{file} is damaged. The checkpoint before it is used.", file=sys.stderr)
-    return state
 
 
 @dataclass(frozen=True)

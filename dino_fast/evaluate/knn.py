@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_fast.distributed import choose_device
-from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from
+from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from, name_network
 from dino_fast.evaluate.features import check_labels, compute_features
 from pipelines.labeled import CenterCrop
 from shards.index import ShardIndex
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     backbone, center, evaluation = load_backbone_from(options)
     with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
         scores = evaluate_knn(backbone, train, val, center, choose_device(options.device, 0))
-        print(f"{options.network} after {evaluation['step']} steps: {len(train)} train and {len(val)} val images")
+        print(f"{name_network(evaluation)}: {len(train)} train and {len(val)} val images")
         print(f"short side {center.resize}, center crop {center.crop}, temperature {TEMPERATURE}")
     for k, score in scores.items():
         print(f"k = {k:3d}: top-1 {score.top1:6.2f} %   top-5 {score.top5:6.2f} %")

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dino_fast.distributed import choose_device
-from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from, parse_whole_number
+from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from, name_network, parse_whole_number
 from dino_fast.evaluate.features import check_labels, compute_features, show_progress
 from dino_fast.evaluate.token_features import BLOCKS, TokenFeatures, choose_features
 from pipelines.labeled import CenterCrop
@@ -204,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         device = choose_device(options.device, 0)
         scores = evaluate_linear(network, train, val, center, device, protocol)
         counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
-    print(f"{options.network} after {evaluation['step']} steps: {counts['train']} train and {counts['val']} val images")
+    print(f"{name_network(evaluation)}: {counts['train']} train and {counts['val']} val images")
     print(f"short side {center.resize}, center crop {center.crop}, {counts['classes']} classes")
     features = {}
     if isinstance(network, TokenFeatures):

@@ -234,10 +234,10 @@ def test_a_disk_that_stays_full_ends_in_a_line_and_the_run_goes_on_after(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--checkpoint", "nowhere.pt"], "nowhere.pt: no such checkpoint"),
-        (["--checkpoint", "."], "this folder holds no checkpoint"),
-        (["--checkpoint", "text.pt"], "text.pt is not a checkpoint"),
-        (["--checkpoint", "weights.pt"], "it holds no teacher"),
+        (["--checkpoint", "nowhere.pt"], "nowhere.pt: No such file or directory. Pass a checkpoint or a run's folder"),
+        (["--checkpoint", "."], ".: no checkpoint in this folder"),
+        (["--checkpoint", "text.pt"], "text.pt is damaged, or not a file of weights"),
+        (["--checkpoint", "weights.pt"], "weights.pt: its backbone is none of resnet18, "),
     ],
 )
 def test_knn_with_a_wrong_checkpoint(labeled_shards: Path, tmp_path: Path, monkeypatch, capsys, arguments, words: str):

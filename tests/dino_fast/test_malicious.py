@@ -27,11 +27,11 @@ from dino_fast import checkpoint
 from dino_fast.__main__ import main as dino_fast
 from dino_fast.model.head import HeadRecipe
 from dino_fast.model.student_teacher import build_student_teacher
-from dino_fast.run import weight_files
 from dino_fast.run.initial_weights import load_initial_weights
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe, build_optimizer
 from dino_fast.step.train_step import TrainStep
+from dino_fast.weights import weight_files
 from shards.__main__ import main as make_shards
 from shards.errors import UserError
 from shards.index import ShardIndex

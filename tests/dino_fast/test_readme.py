@@ -18,7 +18,7 @@ def test_the_backbone_comes_out_of_a_checkpoint_as_the_documentation_says(train_
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     exec(snippet, names)
-    ours, _, _ = load_backbone(output, "teacher")
+    ours = load_backbone(output, "teacher").network
     images = torch.randn(3, 3, 48, 48)
     with torch.no_grad():
         torch.testing.assert_close(names["backbone"](images), ours.eval()(images))
@@ -34,7 +34,7 @@ def test_the_backbone_comes_out_of_a_checkpoint_as_the_documentation_says(train_
         "32",
     )
     assert train_here(tmp_path / "timm", *flags) == 0
-    theirs, _, _ = load_backbone(tmp_path / "timm", "teacher")
+    theirs = load_backbone(tmp_path / "timm", "teacher").network
     names["weights"] = theirs.state_dict()
     exec(of_timm.replace("NAME", "test_vit2"), names)
     assert all(torch.equal(value, names["weights"][name]) for name, value in names["backbone"].state_dict().items())

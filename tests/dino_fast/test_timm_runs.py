@@ -94,7 +94,7 @@ def test_weights_of_another_model_are_refused(train_here, tmp_path: Path, capsys
     torch.save(timm.create_model("test_vit", pretrained=False).state_dict(), tmp_path / "other.pth")
     flags = ("--backbone", "timm/test_vit3", *SIZES, "--init_from", str(tmp_path / "other.pth"))
     assert train_here(tmp_path / "run", *flags) == 1
-    assert "does not fit this run" in capsys.readouterr().err
+    assert "does not fit the network" in capsys.readouterr().err
 
 
 @pytest.mark.slow

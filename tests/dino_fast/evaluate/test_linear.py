@@ -257,7 +257,8 @@ def test_the_command_scores_a_run(train_here, labeled_shards: Path, tmp_path: Pa
     result = json.loads((tmp_path / "once.json").read_text())
     sweep, best = result.pop("linear"), result.pop("best")
     assert result == {
-        "checkpoint": str(tmp_path / "run"), "step": 2, "network": "teacher", "resize": 37, "crop": 32,
+        "checkpoint": str(tmp_path / "run"), "backbone": "resnet18", "step": 2, "network": "teacher",
+        "resize": 37, "crop": 32,
         "mean": list(MEAN), "std": list(STD), "train": 40, "val": 40, "classes": 2,
         "epochs": 10, "batch": 16, "seed": 5,
     }  # fmt: skip
@@ -310,7 +311,7 @@ def test_a_misspelled_flag_gets_a_suggestion(refused):
 
 
 def test_failures_are_one_line(refused, train_here, labeled_shards: Path, tmp_path: Path, capsys):
-    assert "nowhere.pt: no such checkpoint" in refused("--checkpoint", str(tmp_path / "nowhere.pt"))
+    assert "nowhere.pt: No such file or directory." in refused("--checkpoint", str(tmp_path / "nowhere.pt"))
     assert "does not exist. Create it first." in refused(
         "--checkpoint", "x.pt", "--json", str(tmp_path / "no" / "score.json")
     )

@@ -406,7 +406,7 @@ def test_other_networks_are_refused_by_their_names(refused) -> None:
     assert "2 unexpected (backbone.features.0.weight, backbone.features.0.bias)" in line
     assert line.endswith("or not complete. Pass another file, or for a model of timm --backbone timm/NAME.")
     vit = hollow({"model.cls_token": [1, 1, 384], "model.patch_embed.proj.weight": [384, 3, 16, 16]})
-    assert "does not fit this run" in refused({"state_dict": vit})
+    assert "does not fit the network" in refused({"state_dict": vit})
     line = refused({"model": hollow(resnet_shapes("resnet50")), "args": argparse.Namespace()})
     assert line.endswith(" Pass --backbone resnet50.")
 
@@ -569,7 +569,7 @@ def test_another_head_is_refused_with_the_settings_that_do(
     recipe = replace(HEAD, **change)
     weights = hollow_network(recipe, plain)
     line = refused(full(weights, weights, torch.zeros(1, recipe.out_dim)))
-    assert line.startswith(": its student does not fit this run: ")
+    assert line.startswith(": its student does not fit the network: ")
     assert "head." in line
     assert "backbone" not in line
     flags = dict(re.findall(r"--head\.(\w+) (\w+)", line.partition(". Pass ")[2]))
@@ -583,7 +583,7 @@ def test_another_head_is_refused_with_the_settings_that_do(
 def test_another_backbone_is_refused_with_its_name(refused, backbone: str) -> None:
     line = refused(hollow(resnet_shapes(backbone)))
     assert line.endswith(f". Pass --backbone {backbone}.")
-    assert re.match(r": its network does not fit this run: \d+ unexpected \(backbone.*?, …\)", line)
+    assert re.match(r": its network does not fit the network: \d+ unexpected \(backbone.*?, …\)", line)
 
 
 def test_a_backbone_that_is_none_of_ours(refused) -> None:
@@ -597,7 +597,7 @@ def test_keys_that_are_missing_unexpected_and_misshapen_are_counted_and_named(re
     bad |= {"backbone.conv1.weight": torch.zeros(64, 1, 7, 7), "head.extra\n\x1b[31m": torch.zeros(3)}
     for student, teacher, who in ((bad, good, "student"), (good, bad, "teacher")):
         line = refused(full(student, teacher, torch.zeros(1, 48)))
-        assert line.startswith(f": its {who} does not fit this run: 4 missing (backbone.layer4.1.bn2.weight, ")
+        assert line.startswith(f": its {who} does not fit the network: 4 missing (backbone.layer4.1.bn2.weight, ")
         assert ", 1 unexpected (head.extra" in line
         assert "1 misshapen (backbone.conv1.weight [64, 1, 7, 7] for [64, 3, 7, 7]). Its backbone is none of" in line
 
@@ -605,9 +605,9 @@ def test_keys_that_are_missing_unexpected_and_misshapen_are_counted_and_named(re
 def test_a_head_in_one_network_alone_and_a_foreign_center(refused) -> None:
     whole = hollow_network()
     bare = {name: value for name, value in whole.items() if name.startswith("backbone.")}
-    assert ": its student does not fit this run: 10 missing (head." in refused(full(bare, whole, torch.zeros(1, 48)))
+    assert ": its student does not fit the network: 10 missing (head." in refused(full(bare, whole, torch.zeros(1, 48)))
     line = refused(full(whole, whole, torch.zeros(1, 47)))
-    assert line.startswith(": its center does not fit this run: 1 misshapen (center [1, 47] for [1, 48]). ")
+    assert line.startswith(": its center does not fit the network: 1 misshapen (center [1, 47] for [1, 48]). ")
     assert "its center is not a tensor" in refused(full(whole, whole, [0.0] * 48))  # type: ignore[arg-type]
 
 

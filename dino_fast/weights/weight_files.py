@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dino_fast import checkpoint
-from dino_fast.run.safetensors_file import is_safetensors, read_safetensors
+from dino_fast.weights.safetensors_file import is_safetensors, read_safetensors
 from shards.errors import UserError
 from shards.text import shorten
 
@@ -94,15 +94,18 @@ class FileWeights(NamedTuple):
 def read_weights(path: Path, kinds: Kinds = OUR_KINDS) -> tuple[FileWeights, list[str]]:
     """Return the weights of a file, or of the newest checkpoint in a run's folder, and lines to print.
 
-    kinds: the kinds of backbones that may be in it.
-    Raises UserError for a file that is damaged, or that holds no network, or several.
+    kinds: the kinds of backbones that may be in it. Raises UserError for a file that is damaged, or that holds no
+    network, or several.
     """
-    state, lines = _read(path)
-    return _find_weights(path, state, kinds), lines
+    state, lines = read_file(path)
+    return find_weights(path, state, kinds), lines
 
 
-def _read(path: Path) -> tuple[Any, list[str]]:
-    """Return what the file holds, on the CPU, and lines to print."""
+def read_file(path: Path) -> tuple[Any, list[str]]:
+    """Return what a file of weights holds, on the CPU, and lines to print.
+
+    path may be a run's folder, too. Raises UserError for a file that is damaged, or of another kind.
+    """
     if path.is_dir():
         newest = checkpoint.load_newest(path)
         if newest is None:
@@ -112,10 +115,10 @@ def _read(path: Path) -> tuple[Any, list[str]]:
     if path.match(f"step-*-{'[0-9a-f]' * 16}.pt"):
         return checkpoint.load(path), []
     state = _load(path)
-    return (checkpoint.load(path) if _is_ours(state) else state), []
+    return (checkpoint.load(path) if is_ours(state) else state), []
 
 
-def _is_ours(state: Any) -> bool:
+def is_ours(state: Any) -> bool:
     """Return whether this is a checkpoint of dino-fast."""
     return isinstance(state, dict) and {"format", "model"} <= state.keys()
 
@@ -151,9 +154,9 @@ def _make_stand_ins(path: Path) -> list[Callable[..., Any] | tuple[Callable[...,
     ]
 
 
-def _find_weights(path: Path, state: Any, kinds: Kinds) -> FileWeights:
-    """Find the networks and the center, in any layout. Raises UserError where there are none."""
-    parts, place = (state["model"], []) if _is_ours(state) else _unwrap(state)
+def find_weights(path: Path, state: Any, kinds: Kinds) -> FileWeights:
+    """Find the networks and the center in what `read_file` returned. Raises UserError where there are none."""
+    parts, place = (state["model"], []) if is_ours(state) else _unwrap(state)
     if not isinstance(parts, dict):
         raise UserError(f"{path} holds no weights. {EXPECTED}")
     networks = [_rename(path, parts[name], kinds) for name in ("student", "teacher") if name in parts]
