@@ -6,7 +6,6 @@ settings, and the nearest name to a misspelled key.
 """
 
 import dataclasses
-import difflib
 import itertools
 import math
 import re
@@ -28,6 +27,7 @@ from dino_fast.durations import Duration, parse
 from dino_fast.evaluate.online_knn import KnnRecipe
 from dino_fast.model.backbones import BACKBONES, BackboneName
 from dino_fast.model.head import HeadRecipe
+from dino_fast.other_names import advise_on_name
 from dino_fast.step.loss import LossRecipe
 from dino_fast.step.optimizers import OptimRecipe
 from pipelines.crops import CropRecipe
@@ -206,14 +206,16 @@ def explain_message(message: str, settings: dict[str, Any], also: Sequence[str] 
     )
     if unknown:
         name = ".".join(unknown.groups())
-        # Names are compared by their last parts, too: many write --lr for optim.lr.
-        meant = {full.rpartition(".")[2]: full for full in reversed(settings)} | {full: full for full in settings}
-        meant |= {flag: flag for flag in also}
-        near = difflib.get_close_matches(name, meant, n=1, cutoff=0.4)
-        hint = f"did you mean {meant[near[0]]}?" if near else "--help-all lists all settings"
-        return f"unknown setting {name}: {hint}"
+        return f"unknown setting {name}: {advise_on_name(name, [*settings, *also])}"
+    if stray := re.search(r"unrecognized arguments: (\S+)", message):
+        meant = f"--config {stray[1]}" if stray[1].endswith((".yaml", ".yml")) else f"--data.train {stray[1]}"
+        return f"{stray[1]} stands alone, and settings are flags. Did you mean {meant}?"
     if message.startswith("Problems parsing config"):
         return f"the file given with --config is not valid YAML: {' '.join(message.split()[3:])}"
+    if folder := re.search(r'Parser key "config":.*Path is not a file: \'?([^\']*)', message, re.DOTALL):
+        return f"--config {folder[1].strip()}: this is a folder. Give a recipe in YAML, or --data.train for shards"
+    if group := re.match(r'Parser key "(\w+)":\s+Unable to load config', message):
+        return f"unknown setting {group[1]}: {advise_on_name(group[1], [*settings, *also])}"
     missing = re.search(r'Parser key "config":.*File does not exist: \'?([^\']*)', message, re.DOTALL)
     if missing:
         return f"--config {missing[1].strip()}: no such file"

@@ -27,7 +27,7 @@ ROOMS = {
         ("run",),
         ("config_help",),
         ("config",),
-        ("config_checks",),
+        ("config_checks", "other_names"),
         ("evaluate",),
         ("weights",),
         ("step",),

@@ -8,7 +8,7 @@ import difflib
 import math
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,13 +34,18 @@ class FlagParser(Parser):
         self._refuse_unknown_flags(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
 
+    other_names: Mapping[str, str] = {}
+    """what other programs call a flag, and what to give here"""
+
     def _refuse_unknown_flags(self, arguments: Sequence[str]) -> None:
         known = list(self._option_string_actions)
         for argument in arguments:
             flag = argument.partition("=")[0]
             if flag.startswith("--") and not any(name.startswith(flag) for name in known):
-                near = difflib.get_close_matches(flag, known, n=1)
-                self.error(f"unknown flag {flag}" + (f". Did you mean {near[0]}?" if near else ""))
+                other = self.other_names.get(flag, "")
+                near = [other] if other.split(" ")[0] in known else difflib.get_close_matches(flag, known, n=1)
+                meant = near[0] if near else ""
+                self.error(f"unknown flag {flag}" + (f". Did you mean {meant}?" if meant else ""))
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong in one line, and exit with status 2."""
@@ -83,6 +88,13 @@ def parse_positive_number(text: str) -> float:
 
 class EvaluationParser(FlagParser):
     """Has the flags that all evaluation commands share."""
+
+    # Those of the published eval_knn.py and eval_linear.py.
+    other_names = {  # noqa: RUF012  # it is not changed
+        "--pretrained_weights": "--checkpoint", "--data_path": "--train DIR --val DIR", "--arch": "--backbone",
+        "--patch_size": "--backbone", "--checkpoint_key": "--network", "--n_last_blocks": "--blocks",
+        "--avgpool_patchtokens": "--mean-patch", "--batch_size_per_gpu": "--batch", "--lr": "--lrs",
+    }  # fmt: skip
 
     def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
         super().__init__(prog=f"dino-fast {command}", description=description, epilog=epilog)

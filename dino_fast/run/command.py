@@ -15,6 +15,7 @@ from dino_fast.config import Recipe, UsageError
 from dino_fast.distributed import Ranks, is_lost_rank
 from dino_fast.run.signals import STOPPED_BY_SIGNAL, StoppedBySignal
 from shards.errors import UserError
+from shards.layout import MANIFEST_FILE
 from shards.storage.lock import lock_folder
 
 
@@ -22,12 +23,15 @@ from shards.storage.lock import lock_folder
 def lock_output(recipe: Recipe, ranks: Ranks) -> Iterator[None]:
     """Lock the output folder against another run. The first rank does it for all.
 
-    A new folder in which nothing was written is removed again.
+    A new folder in which nothing was written is removed again. Raises UserError for a folder of shards, and where
+    another run holds the lock.
     """
     if not ranks.first:
         yield
         return
     output = Path(recipe.output)
+    if (output / MANIFEST_FILE).exists():
+        raise UserError(f"--output {output} holds shards. Give a folder for the run, such as runs/{output.name}.")
     new = not output.exists()
     try:
         with lock_folder(output, "another run is writing into it. Wait, or choose another --output."):

@@ -1,4 +1,5 @@
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from dino_fast.config import Recipe, UsageError, build_parser, check, list_setti
 from dino_fast.run.recipe_changes import add_defaults, find_differences, to_plain_data
 
 CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"))
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def refusal(*arguments: str) -> str:
@@ -110,6 +113,19 @@ def test_a_config_without_a_file_takes_no_other_flag():
         ("--optim.warmup_epochs=200", "optim.warmup_epochs = 200 is more than epochs = 100"),
         ("--config=nowhere.yaml", "nowhere.yaml: no such file"),
         ("--lrr=3", "did you mean optim.lr?"),
+        ("--arch=vit_small", "unknown setting arch: did you mean backbone?"),
+        ("--momentum_teacher=0.9", "did you mean optim.ema_momentum?"),
+        ("--num-workers=4", "did you mean data.threads?"),
+        ("--learning_rate=1", "did you mean optim.lr?"),
+        ("--teacher_temp=0.04", "did you mean loss.teacher_temp?"),
+        ("--resume=run", "unknown setting resume: there is none. The same command again resumes"),
+        ("--gpus=8", "torchrun --nproc_per_node N -m dino_fast.train uses N GPUs"),
+        ("--frobnicate=1", "unknown setting frobnicate: --help-all lists all settings"),
+        ("--data=shards/train", "unknown setting data: it is a group. Did you mean data.train?"),
+        ("--crops=5", "unknown setting crops: it is a group. Did you mean crops.global_size?"),
+        ("--config=/", "--config /: this is a folder. Give a recipe in YAML"),
+        ("mine.yaml", "mine.yaml stands alone, and settings are flags. Did you mean --config mine.yaml?"),
+        ("shards/train", "Did you mean --data.train shards/train?"),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(argument: str, words: str):
@@ -175,3 +191,13 @@ def test_a_setting_that_a_recipe_did_not_have_yet_is_no_difference():
     new = {"a": 1, "data": {"order": "global", "shuffle_window": 8}}
     old = add_defaults({"a": 2, "data": {"order": "global"}, "gone": 3}, new)
     assert list(find_differences(old, new)) == ["a: 2 -> 1", "gone: 3 -> None"]
+
+
+def test_every_argument_of_the_published_code_leads_to_the_setting_that_the_docs_name():
+    """docs/from-main-dino.md has them all. Some have the last part of a setting's name, and a few have no setting."""
+    page = (ROOT / "docs" / "from-main-dino.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `--(\w+)` \| `([\w.]+)`", page, re.MULTILINE)
+    assert len(rows) > 20
+    for name, setting in rows:
+        if name != setting:
+            assert f"did you mean {setting}?" in refusal(f"--{name}=1"), name

@@ -33,9 +33,16 @@ def refused(train_here, tmp_path: Path, capsys):
 
 
 def test_missing_and_unfinished_data(refused, tmp_path: Path):
-    assert "nowhere" in refused("--data.train", str(tmp_path / "nowhere"))
+    assert "nowhere: no such folder. Give" in refused("--data.train", str(tmp_path / "nowhere"))
+    assert f"nowhere: no such folder in {Path.cwd()}. Give" in refused("--data.train", "nowhere")
     (tmp_path / "empty").mkdir()
-    assert "make-shards pack" in refused("--data.train", str(tmp_path / "empty"))
+    assert "make-shards pack IMAGES SHARDS" in refused("--data.train", str(tmp_path / "empty"))
+
+
+def test_the_output_is_not_a_folder_of_shards(refused, labeled_shards: Path):
+    line = refused("--output", str(labeled_shards))
+    assert line.endswith("holds shards. Give a folder for the run, such as runs/shards.")
+    assert not list(labeled_shards.glob("step-*"))
 
 
 def test_stale_index(refused, labeled_shards: Path, tmp_path: Path):

@@ -307,6 +307,8 @@ def test_a_misspelled_flag_gets_a_suggestion(refused):
     assert "unknown flag --epoch-count. Did you mean --epochs?" in refused(
         "--checkpoint=x.pt", "--epoch-count=3", status=2
     )
+    assert "--arch. Did you mean --backbone?" in refused("--checkpoint", "x.pt", "--arch", "resnet50", status=2)
+    assert "Did you mean --blocks?" in refused("--checkpoint", "x.pt", "--n_last_blocks=4", status=2)
     assert "unknown flag --zzz. See dino-fast linear --help." in refused("--checkpoint", "x.pt", "--zzz", status=2)
 
 
