@@ -11,6 +11,7 @@ import sys
 import time
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import pytest
 import torch
 
 from dino_fast import checkpoint
+from dino_fast.config import read_recipe
+from dino_fast.train import main
 from shards.__main__ import main as make_shards
 from tests.dino_fast.conftest import labeled_shards, train_here
 
@@ -185,3 +188,13 @@ def test_a_server_of_figures_that_does_not_answer_does_not_end_a_run(
     assert train_here(tmp_path / "run", "--wandb", "photos", "--max_steps", "2") == 0
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [0, 1]
     assert "W&B: Network error (ConnectTimeout)" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_recipe_and_the_recipe_gives_the_same_run(train_here, tmp_path: Path):
+    """Written by hand elsewhere, settings of old runs are lost; here they lie beside the figures."""
+    assert train_here(tmp_path / "run", "--max_steps", "1", "--seed", "5") == 0
+    recipe = tmp_path / "run" / "recipe.yaml"
+    assert main(["--config", str(recipe), "--output", str(tmp_path / "again")]) == 0
+    assert read_rows(tmp_path / "again")[0]["loss"] == read_rows(tmp_path / "run")[0]["loss"]
+    again = read_recipe(["--config", str(tmp_path / "again" / "recipe.yaml")])
+    assert replace(again, output=str(tmp_path / "run")) == read_recipe(["--config", str(recipe)])
