@@ -4,9 +4,11 @@ Every driver is a process of its own: Ray leaves threads and open files behind.
 """
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,10 +59,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
     # Of their own: on a machine that has never run Ray nobody has one.
     (folder / "token").write_text("0" * 64)
     access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "token")}
+    # Ray notes the newest cluster of a machine in this folder, and drivers without an address would find it there.
+    short = tempfile.mkdtemp(prefix="ray-")  # Ray's sockets lie in it, and their paths must not be long
     process = subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
         cwd=folder,
-        env=environment | access,
+        env=environment | access | {"RAY_TMPDIR": short},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -75,6 +79,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
+        shutil.rmtree(short, ignore_errors=True)
 
 
 def start(code: str, folder: Path, environment: dict[str, str], cwd: Path = ROOT) -> subprocess.Popen[str]:

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[3]
 OPTIONS = ("--shard-size", "12kB", "--seed", "5")
 RAY = ("--engine", "ray", "--workers", "2")
 MARK = "MAKE_SHARDS_TEST"  # in the environment of every process that a test starts
-INTERRUPTED = "make-shards: interrupted; the same command again goes on from here\n"
+INTERRUPTED = "make-shards: interrupted. Run the same command again to go on from here.\n"
 
 
 @pytest.fixture
@@ -194,7 +194,7 @@ def test_ctrl_c_ends_a_cluster_of_its_own(
     assert not (out / "manifest.json").exists()
     assert not list(out.glob(".parts/*.tmp"))
     again = command("pack", source, out, "--shard-size", "8kB", "--workers", 2)
-    assert "finished before and kept" in again.stdout
+    assert "kept from an earlier run" in again.stdout
     command("pack", source, tmp_path / "local", "--shard-size", "8kB", "--workers", 2)
     assert contents(out) == contents(tmp_path / "local")
 
@@ -237,7 +237,7 @@ def test_a_killed_packing_goes_on_to_the_same_bytes(
     process.communicate()
     wait_until_none(mark, b"spawn_main")
     again = command("pack", source, out, "--shard-size", "8kB", *RAY)
-    assert "finished before and kept" in again.stdout
+    assert "kept from an earlier run" in again.stdout
     command("pack", source, tmp_path / "local", "--shard-size", "8kB", "--workers", 2)
     assert contents(out) == contents(tmp_path / "local")
     wait_until_none(mark, seconds=100)  # some of Ray's processes take a minute to notice

@@ -277,7 +277,7 @@ def test_tars_by_others_are_indexed_in_the_store(
     url = uploaded(server, folder, f"{bucket}/theirs")
     done(command("index", folder, "--workers", 2))
     output = done(command("index", url, "--workers", 2))
-    assert "webdataset: 20 images, 3 classes" in output
+    assert "20 images (format webdataset), 3 classes" in output
     assert objects(url) == contents(folder)
     assert {name: data for name, data in objects(url).items() if name.endswith(".tar")} == tars
     assert "no problems in 20 images" in done(command("check", url, "--workers", 2))
@@ -375,7 +375,7 @@ def test_what_was_uploaded_before_a_kill_is_not_uploaded_again(
     os.killpg(process.pid, number)
     _, errors = process.communicate(timeout=30)
     if number == signal.SIGINT:
-        line = "make-shards: interrupted; the same command again goes on from here\n"
+        line = "make-shards: interrupted. Run the same command again to go on from here.\n"
         assert (process.returncode, errors) == (130, line)
         assert list(temporary.iterdir()) == []
     assert "out/manifest.json" not in recorder.stored()
