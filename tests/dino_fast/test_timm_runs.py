@@ -56,7 +56,8 @@ def test_a_model_is_trained_resumed_scored_and_loaded_into_timm(
     assert json.loads((tmp_path / "knn.json").read_text())["knn"]["10"]["top1"] > 80  # dark and bright images
 
 
-@pytest.mark.parametrize("model", ["test_efficientnet", pytest.param("test_byobnet", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["test_efficientnet", "test_byobnet"])
 def test_two_ranks_are_one_with_synchronized_batch_norms(run, tmp_path: Path, model: str):
     flags = ("--backbone", f"timm/{model}", *SIZES, "--max_steps", "3")
     one, two = run(*flags, output="one"), run(*flags, output="two", ranks=2)

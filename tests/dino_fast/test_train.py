@@ -62,7 +62,9 @@ def test_a_run_leaves_its_checkpoints_metrics_and_events(train_here, tmp_path: P
     assert any(moved)
 
 
-@pytest.mark.parametrize(("decode", "precision"), [("dali", "fp32"), ("torch", "bf16")])
+@pytest.mark.parametrize(
+    ("decode", "precision"), [("dali", "fp32"), pytest.param("torch", "bf16", marks=pytest.mark.slow)]
+)
 def test_a_resumed_run_equals_an_uninterrupted_one_to_the_bit(train_here, tmp_path: Path, decode: str, precision: str):
     options = ("--data.decode", decode, "--precision", precision, "--optim.name", "adamw", "--optim.lr", "1e-3")
     assert train_here(tmp_path / "whole", *options) == 0
@@ -80,6 +82,7 @@ def test_a_finished_run_started_again_changes_nothing(train_here, tmp_path: Path
     assert rows_of(tmp_path / "run") == rows
 
 
+@pytest.mark.slow
 def test_fp16_trains_with_a_scaler(train_here, tmp_path: Path):
     small = ("--crops.locals", "0", "--crops.global_size", "24", "--batch_size", "4")  # CPUs emulate fp16
     assert train_here(tmp_path / "run", "--precision", "fp16", "--max_steps", "4", *small) == 0
@@ -159,6 +162,7 @@ def test_two_ranks_resume(run, tmp_path: Path):
     assert_equal_runs(tmp_path / "whole", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_ranks(run, tmp_path: Path):
     """1, then 2, then 1 ranks: the same images, and losses within 1e-4 of a run by one alone."""
     options = ("--optim.lr", "1e-3", "--head.batch_norm", "true", "--crops.local_size", "32", "--max_steps")

@@ -80,7 +80,7 @@ def large_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("large_blocks")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_keeps_the_copies_up_and_a_loaded_one_has_its_own(compiled: bool) -> None:
     if torch.cuda.is_available():
         pytest.skip("its tensors are on the CPU, where compiled kernels do not work")

@@ -194,7 +194,8 @@ def test_without_gradients_nothing_is_kept() -> None:
 # Networks
 
 
-@pytest.mark.parametrize("name", ["resnet18", pytest.param("resnet50", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
 def test_a_resnet_is_torchvisions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     network = build_backbone(name)[0].to(DEVICE, memory_format=torch.channels_last)

@@ -385,6 +385,7 @@ def _train(step: TrainStep, hyper: Hyper, steps: int) -> tuple[list[str], Probe]
     return [line.split(" at step")[0] for line in lines], found
 
 
+@pytest.mark.slow
 def test_a_hot_teacher_collapses_to_even_targets() -> None:
     kinds, last = _train(_step(), replace(HYPER, teacher_temp=0.5, momentum=0.7), 28)
     assert kinds == ["uniform collapse"]
@@ -402,6 +403,7 @@ def test_an_enormous_rate_makes_all_features_one() -> None:
     assert "dimensional collapse" in kinds
 
 
+@pytest.mark.slow
 def test_lengths_that_are_learned_too_fast_make_the_center_grow() -> None:
     kinds, last = _train(_step(norm_last_layer=False), replace(HYPER, lr=50.0), 20)
     assert "growing center" in kinds

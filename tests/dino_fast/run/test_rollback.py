@@ -97,6 +97,7 @@ def test_many_skipped_steps_in_a_row_take_the_run_back(train_here, tmp_path: Pat
     assert rates[0][3:] == [0.5 * rate for rate in rates[1][3:]]
 
 
+@pytest.mark.slow
 def test_a_run_that_went_back_resumes_as_it_would_have_gone_on(train_here, tmp_path: Path, monkeypatch):
     poison(monkeypatch, {4})
     assert train_here(tmp_path / "whole") == 0

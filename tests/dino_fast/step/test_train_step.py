@@ -280,7 +280,7 @@ def test_a_restored_step_goes_on_bit_for_bit(precision: Precision, name: str, tm
     torch.testing.assert_close(restored.state_dict(), step.state_dict(), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_channels_last_is_held_at_every_stage(precision: Precision) -> None:
     step = _step(precision)
     seen: list[tuple[str, bool]] = []
