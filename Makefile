@@ -43,9 +43,9 @@ setup: ## create or update .venv (nothing to do when it is up to date)
 demo: setup ## draw, pack, train and score on the CPU; IMAGES=/some/folder takes your own images
 	@$(PY) -m dino_fast.demo $(if $(IMAGES),--images "$$IMAGES")
 
-# Most tests wait for a process or keep one core busy: two at a time take little more than half as long.
+# Many tests wait for a process or a moment: on two cores, two at a time keep them busy for 60 % of the time.
 test: setup ## the tests that take seconds; CONSTRAINTS=constraints-gpu.txt: with the versions of the GPU machine
-	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n 3 --dist worksteal
 
 slow: setup ## the tests that take minutes
 	@$(PY) -m pytest -m slow

@@ -211,6 +211,7 @@ def test_an_output_without_permission(labeled_shards: Path, tmp_path: Path):
     assert len(result.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_a_disk_that_stays_full_ends_in_a_line_and_the_run_goes_on_after(
     train_here, tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ):

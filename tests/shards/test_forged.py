@@ -120,6 +120,7 @@ def test_whatever_passes_can_be_read(data: bytes) -> None:
     assert (find_record_problem(records, LENGTHS, 3, 10_000) is None) == right
 
 
+@pytest.mark.slow
 def test_as_many_records_as_imagenet_has_are_right() -> None:
     """It prints the time: about 15 ms."""
     records = np.resize(records_of(1), 1_281_167)

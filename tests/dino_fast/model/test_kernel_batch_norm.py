@@ -145,15 +145,9 @@ def test_a_level_far_from_zero_costs_no_digits() -> None:
     assert apart(case.norms[0].running_var, theirs.running_var) < 1e-5
 
 
-# Stretches of many tiles, and more of them than the small launch adds up at a time. The interpreter is slow: all pairs
-# run among the slow tests, one for each kind among the others.
-PAIRS = list(zip(KINDS, itertools.cycle((3, 300)), strict=False))
-OTHER_PAIRS = [pair for pair in itertools.product(KINDS, (3, 300)) if pair not in PAIRS]
-
-
-@pytest.mark.parametrize(
-    ("kind", "programs"), [*PAIRS, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in OTHER_PAIRS)]
-)
+# Stretches of many tiles, and more of them than the small launch adds up at a time. The interpreter is slow.
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "programs"), itertools.product(KINDS, (3, 300)))
 def test_several_programs_share_the_rows(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "TILE_BYTES", 1024)
     monkeypatch.setattr(fused, "QUAD_BYTES", 1024)

@@ -247,6 +247,7 @@ def test_half_weights_are_those_in_use(dtype: torch.dtype) -> None:
     assert found.feature_std < expected.feature_std
 
 
+@pytest.mark.slow
 def test_compiled_backbones_are_not_compiled_again() -> None:
     plain, step = _step(), _step()
     compile_backbones(step, backend="aot_eager")
@@ -392,6 +393,7 @@ def test_a_hot_teacher_collapses_to_even_targets() -> None:
     assert last.target_kl < 0.02
 
 
+@pytest.mark.slow
 def test_without_a_center_all_targets_become_one_prototype() -> None:
     kinds, last = _train(_step(center_momentum=1.0), replace(HYPER, teacher_temp=0.02), 15)
     assert kinds == ["one-point collapse"]

@@ -111,6 +111,7 @@ def test_a_run_that_went_back_resumes_as_it_would_have_gone_on(train_here, tmp_p
     torch.testing.assert_close(parts["model"], whole["model"], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_it_goes_back_only_so_often_and_says_what_to_do(train_here, tmp_path: Path, monkeypatch, capsys):
     break_gradients(monkeypatch, 4, 100)
     options = ("--health.max_skipped", "2", "--health.rollbacks", "2")
