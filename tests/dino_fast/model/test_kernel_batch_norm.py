@@ -147,7 +147,7 @@ def test_a_level_far_from_zero_costs_no_digits() -> None:
 
 # Stretches of many tiles, and more of them than the small launch adds up at a time. The interpreter is slow.
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "programs"), itertools.product(KINDS, (3, 300)))
+@pytest.mark.parametrize(("kind", "programs"), list(itertools.product(KINDS, (3, 300))))
 def test_several_programs_share_the_rows(kind: str, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fused, "TILE_BYTES", 1024)
     monkeypatch.setattr(fused, "QUAD_BYTES", 1024)
