@@ -2,7 +2,7 @@
 
 `PUBLISHED` computes as the published code does (facebookresearch/dino, `vision_transformer.py`), one operation after
 another. `STOCK` takes what PyTorch has for it. Parameters have the published names, as ours have, so that a state of
-one loads into the other.
+one loads into the other. What they repeat of ours is meant: they must stay as they are, however ours may change.
 """
 
 from collections.abc import Callable

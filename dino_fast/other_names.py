@@ -21,10 +21,9 @@ _SETTINGS = {
 _ADVICE = {
     "resume": "there is none. The same command again resumes",
     "dist_url": "there is none. torchrun tells the ranks where they meet",
-    "gpus": "there is none. torchrun --nproc_per_node N -m dino_fast.train uses N GPUs",
-    "num_gpus": "there is none. torchrun --nproc_per_node N -m dino_fast.train uses N GPUs",
-    "devices": "there is none. torchrun --nproc_per_node N -m dino_fast.train uses N GPUs",
-}
+} | dict.fromkeys(
+    ("gpus", "num_gpus", "devices"), "there is none. torchrun --nproc_per_node N -m dino_fast.train uses N GPUs"
+)
 _CUTOFF = 0.65  # from 0 to 1; a poorer match suggests nothing
 
 

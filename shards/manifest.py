@@ -158,14 +158,15 @@ def _explain_missing(folder: ReadableFolder) -> str:
     """Return why a folder has no manifest, and what to do."""
     if folder.get_size(PLAN_FILE) is not None:
         return f"{folder}: packing is not finished (no {MANIFEST_FILE} yet). Run the same make-shards command again."
-    place, is_url = str(folder), "://" in str(folder)
-    what = "no such folder, or no shards in it"
-    if not is_url and not os.path.exists(place):
-        what = "no such folder" if os.path.isabs(place) else f"no such folder in {os.getcwd()}"
-    elif folder.list_files():
+    place = str(folder)
+    if folder.list_files():
         what = f"not a shard folder (no {MANIFEST_FILE} in it)"
-    elif not is_url:
+    elif "://" in place:  # the store cannot tell the two apart
+        what = "no such folder, or no shards in it"
+    elif os.path.exists(place):
         what = "no shards in it"
+    else:
+        what = "no such folder" if os.path.isabs(place) else f"no such folder in {os.getcwd()}"
     return (
         f"{folder}: {what}. Give a folder that 'make-shards pack' made (with --split-val: its train or val). Images "
         f"are packed by 'make-shards pack IMAGES SHARDS', and tars of another program indexed by 'make-shards index "

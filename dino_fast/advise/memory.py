@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dino_fast.config import Recipe
 from dino_fast.distributed import Ranks
+from dino_fast.model.flops import identify_storage
 from dino_fast.model.half_weights import HALVED
 from dino_fast.model.vit import VisionTransformer
 from dino_fast.run.build import build_train_step
@@ -116,17 +117,13 @@ def count_activations(recipe: Recipe, step: TrainStep, images: int) -> int:
 
 def count_saved_bytes(network: nn.Module, given: list[Tensor], run: Callable[[], object]) -> int:
     """Return the bytes that autograd saves while `run` runs, without the network's own tensors and those given."""
-    own = {_storage_id(tensor) for tensor in (*network.parameters(), *network.buffers(), *given)}
+    own = {identify_storage(tensor) for tensor in (*network.parameters(), *network.buffers(), *given)}
     saved: dict[int, Tensor] = {}
 
     def save(tensor: Tensor) -> Tensor:
-        saved[_storage_id(tensor)] = tensor  # a reference, so that no other storage gets the same id
+        saved[identify_storage(tensor)] = tensor  # a reference, so that no other storage gets the same id
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         run()
     return sum(tensor.untyped_storage().nbytes() for storage, tensor in saved.items() if storage not in own)
-
-
-def _storage_id(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -29,13 +29,13 @@ PUBLISHED_CROP = 224  # pixels
 class FlagParser(Parser):
     """Suggests the nearest flag for a misspelled one. A wrong call prints one line and exits with status 2."""
 
+    other_names: Mapping[str, str] = {}
+    """what other programs call a flag, and what to give here"""
+
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parse as argparse does, but report a misspelled flag before a missing one: it is often the same flag."""
         self._refuse_unknown_flags(sys.argv[1:] if args is None else args)
         return super().parse_known_args(args, namespace)
-
-    other_names: Mapping[str, str] = {}
-    """what other programs call a flag, and what to give here"""
 
     def _refuse_unknown_flags(self, arguments: Sequence[str]) -> None:
         known = list(self._option_string_actions)

@@ -56,10 +56,12 @@ def load_backbone(path: Path, network: Literal["teacher", "student"], name: str 
         print(line, file=sys.stderr)
     recipe, step = (state["recipe"], state["step"]) if is_ours(state) else ({}, None)
     name = _choose_name(path, name, recipe.get("backbone"))
-    found = find_weights(path, state, find_kinds(build_backbone(name)[0]) if name else OUR_KINDS)
+    backbone = build_backbone(name)[0] if name else None
+    found = find_weights(path, state, OUR_KINDS if backbone is None else find_kinds(backbone))
     given = pick_backbone(found.teacher if network == "teacher" else found.student)
-    name = name or _recognize(path, given)
-    backbone, _ = build_backbone(name)
+    if name is None or backbone is None:
+        name = _recognize(path, given)
+        backbone, _ = build_backbone(name)
     own = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
     with torch.no_grad():
         for value, theirs in match_weights(f"{path}: its {network}", own, given, _suggest_backbone):
@@ -117,8 +119,7 @@ def compute_features(
 ) -> Features:
     """Compute the backbone's features of both sets, on the device, or on the CPU where they do not fit there.
 
-    Raises UserError, before it computes anything, for samples
-    without labels and for classes that only `val` has.
+    Raises UserError, before it computes anything, for samples without labels and for classes that only `val` has.
     """
     train_numbers = torch.tensor(_match_classes(train, val))
     (train_features, train_labels), (val_features, val_labels) = (
@@ -152,9 +153,8 @@ def extract_features(
 ) -> tuple[Tensor, Tensor]:
     """Compute features [N, D], float32, and labels [N], int64, of every sample.
 
-    The results are on the
-    device if they fit into half of its free memory, else on the CPU. The backbone stays in evaluation mode: batch
-    norms use their running statistics.
+    The results are on the device if they fit into half of its free memory, else on the CPU. The backbone stays in
+    evaluation mode: batch norms use their running statistics.
     """
     backbone.to(device).to(memory_format=torch.channels_last).eval()
     batches = load_labeled_batches(index, BATCH_SIZE, center, count_default_threads())

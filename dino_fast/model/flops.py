@@ -95,21 +95,24 @@ class _LayerNotes(TorchDispatchMode):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.found: list[Layer] = []
-        self._weights = {_storage_id(weight) for weight in network.parameters()}
+        self._weights = {identify_storage(weight) for weight in network.parameters()}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         output = func(*args, **(kwargs or {}))
         if count := flop_registry.get(func.overloadpacket):
-            tensors = [value for value in args if isinstance(value, Tensor) and _storage_id(value) not in self._weights]
+            tensors = [
+                value for value in args if isinstance(value, Tensor) and identify_storage(value) not in self._weights
+            ]
             elements = sum(tensor.numel() for tensor in (*tensors, output))
             flops = float(count(*args, **(kwargs or {}), out_val=output))
             self.found.append(Layer(flops, elements, 3 if self.found else 2))
         return output
 
 
-def _storage_id(tensor: Tensor) -> int:
+def identify_storage(tensor: Tensor) -> int:
+    """Return a number that tensors have in common which share memory, as long as one of them exists."""
     return tensor.untyped_storage()._cdata
 
 

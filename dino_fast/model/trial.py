@@ -22,13 +22,19 @@ def check_size(name: str, side: int, flag: str) -> None:
     count_positions(name, side, flag)
 
 
-@cache
 def count_positions(name: str, side: int, flag: str) -> int | None:
     """Return how many values of an image, at least, a batch norm of this backbone takes the mean of, by channel.
 
     That is 1 where the smallest feature map is one pixel, and None for a backbone without batch norm. Raises what
     `check_size` does.
     """
+    with _explain(name, side, flag):
+        return _try_backbone(name, side)
+
+
+@cache
+def _try_backbone(name: str, side: int) -> int | None:
+    """Return what `count_positions` does. Raises whatever the model raises, and ValueError for what cannot be used."""
     found: list[int] = []
 
     def note(norm: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> None:
@@ -39,7 +45,7 @@ def count_positions(name: str, side: int, flag: str) -> int | None:
         for module in network.modules():
             if isinstance(module, _BatchNorm):
                 module.register_forward_hook(note)
-        with _explain(name, side, flag), _RefuseRandomNumbers(), sdpa_kernel(SDPBackend.MATH):
+        with _RefuseRandomNumbers(), sdpa_kernel(SDPBackend.MATH):
             features = network(torch.empty(_IMAGES, 3, side, side))
             if not isinstance(features, Tensor) or features.shape != (_IMAGES, width):
                 raise ValueError("its output is not one vector of features for each image")
@@ -56,6 +62,8 @@ def _explain(name: str, side: int, flag: str) -> Iterator[None]:
     """Turn whatever a model raises about a size into a UserError of one line."""
     try:
         yield
+    except UserError:  # there is no such backbone
+        raise
     except Exception as error:  # a model says by an assertion, or by torch's words for shapes, what it cannot take
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise UserError(

@@ -1,4 +1,4 @@
-"""Where the rows of the log go: `metrics.jsonl`, TensorBoard events, and a W&B project; and the run's recipe."""
+"""Where the rows of the log go: `metrics.jsonl`, TensorBoard events, and a W&B project."""
 
 import contextlib
 import json
@@ -8,10 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-import yaml
-
 from shards.errors import UserError
-from shards.storage.atomic_write import make_temporary_path
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -37,21 +34,12 @@ class LogWriter(Protocol):
 def open_log_writers(
     output: Path, start: int, wandb: str = "", settings: Mapping[str, Any] | None = None
 ) -> list[LogWriter]:
-    """Open all log writers of a run that goes on at step `start`, and write its `settings` as recipe.yaml.
+    """Open all log writers of a run that goes on at step `start`.
 
-    wandb: a W&B project, "" for none, which shows the settings. Raises UserError and OSError.
+    wandb: a W&B project, "" for none, which shows `settings`. Raises UserError and OSError.
     """
-    if settings:
-        _write_recipe(output, settings)
     remote: list[LogWriter] = [Wandb(wandb, output, settings or {})] if wandb else []  # the one that may refuse
     return [*remote, JsonLines(output / "metrics.jsonl", start), TensorBoard(output / "tensorboard", start)]
-
-
-def _write_recipe(output: Path, settings: Mapping[str, Any]) -> None:
-    """Write a recipe that --config takes: it gives the same run again, in another --output."""
-    with make_temporary_path(output, "recipe.yaml") as temporary:
-        temporary.write_text(yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True), encoding="utf-8")
-        temporary.replace(output / "recipe.yaml")
 
 
 class JsonLines:

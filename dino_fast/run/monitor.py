@@ -21,7 +21,7 @@ from dino_fast.distributed import Ranks
 from dino_fast.model.flops import flops_an_image, peak_flops
 from dino_fast.run.display import Display
 from dino_fast.run.log_writers import LogWriter, Row, open_log_writers
-from dino_fast.run.recipe_changes import to_plain_data
+from dino_fast.run.recipe_changes import to_plain_data, write_recipe
 from dino_fast.run.schedules import Schedules
 from dino_fast.step.hyper import Hyper
 from dino_fast.step.train_step import StepOutput, TrainStep
@@ -96,7 +96,12 @@ class Sums:
 def open_monitor(
     recipe: Recipe, ranks: Ranks, schedules: Schedules, step: TrainStep, start: int, stop: int
 ) -> Iterator["Monitor"]:
-    """Give the log of a run from step `start` up to and without step `stop`. Raises what `Monitor` does."""
+    """Give the log of a run from step `start` up to and without step `stop`, with its recipe beside it.
+
+    Raises what `Monitor` does.
+    """
+    if ranks.first:
+        write_recipe(recipe)
     with Monitor(
         Path(recipe.output), ranks, batch=recipe.batch_size, steps_per_epoch=schedules.steps_per_epoch, start=start,
         stop=stop, log_every=recipe.log_every, parameters=[name for name, _ in step.bare_student.named_parameters()],

@@ -1,10 +1,14 @@
-"""A recipe as plain data, and in which settings two of them differ."""
+"""A recipe as plain data and as a file, and in which settings two of them differ."""
 
 import dataclasses
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dino_fast.config import Recipe
+from shards.storage.atomic_write import make_temporary_path
 
 # Settings that may differ between two processes of one run: they change where and how it runs, not its result.
 FREE_TO_CHANGE = (
@@ -19,6 +23,14 @@ def to_plain_data(recipe: Recipe) -> dict[str, Any]:
     """Return the recipe as checkpoints store it and YAML would give it: with lists instead of tuples."""
     settings: dict[str, Any] = _tuples_to_lists(dataclasses.asdict(recipe))
     return settings
+
+
+def write_recipe(recipe: Recipe) -> None:
+    """Write recipe.yaml into the run's folder. With --config and another --output it gives the same run again."""
+    output, text = Path(recipe.output), yaml.safe_dump(to_plain_data(recipe), sort_keys=False, allow_unicode=True)
+    with make_temporary_path(output, "recipe.yaml") as temporary:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(output / "recipe.yaml")
 
 
 def _tuples_to_lists(value: Any) -> Any:

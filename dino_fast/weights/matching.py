@@ -1,6 +1,7 @@
 """How the weights of a file fit a network of ours: by name and shape, and which backbone they are of."""
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import TypeVar
 
 import torch
@@ -11,7 +12,7 @@ from dino_fast.model.timm_backbones import find_classifiers
 from dino_fast.weights.weight_files import EXPECTED, OUR_KINDS, Kinds, name_few
 from shards.errors import UserError
 
-_COUNT = "num_batches_tracked"  # older files lack it, and nothing reads it
+_COUNT = ".num_batches_tracked"  # older files lack it, and a batch norm with a fixed momentum does not need it
 
 Shapes = Mapping[str, list[int]]  # by name
 Value = TypeVar("Value")
@@ -78,6 +79,7 @@ def pick_backbone(named: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in named.items() if name.startswith("backbone.")}
 
 
+@cache
 def _list_backbone_shapes(name: str) -> Shapes:
     with torch.device("meta"):
         network, _ = build_backbone(name)
