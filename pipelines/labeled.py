@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -22,7 +23,7 @@ from shards.index import BadSample, ShardIndex
 
 # The ends of an image that is longer than this many times its short side are cut off before the resize. They are far
 # outside the crop, and a strip of 2000×2 pixels would become one of 256000×256.
-_LONGEST = 8
+LONGEST = 8
 
 
 @dataclass(frozen=True)
@@ -43,32 +44,39 @@ def choose_resize(crop: int) -> int:
 
 
 def load_labeled_batches(
-    index: ShardIndex, batch: int, center: CenterCrop, threads: int
+    index: ShardIndex, batch: int, center: CenterCrop, threads: int, ids: npt.NDArray[np.int64] | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield images [B, 3, crop, crop], float32, channels-last, and their labels [B], int64, both on the CPU.
 
-    `threads` threads make the batches ahead. The last batch may be smaller. Raises UserError, which names the sample,
-    if a sample cannot be read.
+    `ids` are the numbers of the samples, all of them where it is None. `threads` threads make the batches ahead. The
+    last batch may be smaller. Raises UserError, which names the sample, if a sample cannot be read.
     """
-    batches = _make_batches(index, batch, center, threads)
+    batches = _make_batches(index, batch, center, threads, np.arange(len(index)) if ids is None else ids)
     with Prefetcher(batches, 2, "reading evaluation batches") as prefetched:
         yield from prefetched
 
 
-def _make_batches(index: ShardIndex, batch: int, center: CenterCrop, threads: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _make_batches(
+    index: ShardIndex, batch: int, center: CenterCrop, threads: int, ids: npt.NDArray[np.int64]
+) -> Iterator[tuple[Tensor, Tensor]]:
     def load_image(number: int) -> Tensor:
-        try:
-            return resize_and_crop(_decode_sample(index, number), center.resize, center.crop)
-        except BadSample as error:
-            raise UserError(f"{index.folder}: cannot read {error}. Run `make-shards check {index.folder}`") from error
+        return resize_and_crop(read_image(index, number), center.resize, center.crop)
 
     with ThreadPoolExecutor(threads, thread_name_prefix="evaluate") as pool:
-        for first in range(0, len(index), batch):
-            numbers = range(first, min(first + batch, len(index)))
-            images = torch.stack(list(pool.map(load_image, numbers)))
+        for first in range(0, len(ids), batch):
+            numbers = ids[first : first + batch]
+            images = torch.stack(list(pool.map(load_image, numbers.tolist())))
             out = torch.empty(len(numbers), 3, center.crop, center.crop).contiguous(memory_format=torch.channels_last)
             normalize(images, out, center.normalization)
-            yield out, torch.from_numpy(np.asarray(index.labels[first : first + len(numbers)], np.int64))
+            yield out, torch.from_numpy(np.asarray(index.labels[numbers], np.int64))
+
+
+def read_image(index: ShardIndex, number: int) -> Tensor:
+    """Return the image of a sample, uint8 [3, H, W]. Raises UserError, which names the sample."""
+    try:
+        return _decode_sample(index, number)
+    except BadSample as error:
+        raise UserError(f"{index.folder}: cannot read {error}. Run `make-shards check {index.folder}`") from error
 
 
 def _decode_sample(index: ShardIndex, number: int) -> Tensor:
@@ -85,7 +93,7 @@ def resize_and_crop(image: Tensor, resize: int, crop: int) -> Tensor:
     The resize is bicubic with antialiasing.
     """
     height, width = image.shape[1:]
-    longest = _LONGEST * min(height, width)
+    longest = LONGEST * min(height, width)
     if max(height, width) > longest:
         image = F.center_crop(image, [min(height, longest), min(width, longest)])
     image = F.resize(image, [resize], InterpolationMode.BICUBIC, antialias=True)

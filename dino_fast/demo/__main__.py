@@ -12,8 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import torch
-
 from dino_fast.checkpoint import list_checkpoints
 from dino_fast.config import Recipe
 from dino_fast.demo.image_sets import IMAGES_PER_CLASS, ImageSets, make_drawn_sets, make_user_sets, say
@@ -21,8 +19,9 @@ from dino_fast.demo.recipe import count_steps, fit_recipe, read_demo_recipe
 from dino_fast.demo.user_images import Selection, make_empty_folder, select_images
 from dino_fast.distributed import join_ranks
 from dino_fast.evaluate.arguments import FlagParser
-from dino_fast.evaluate.features import load_backbone
+from dino_fast.evaluate.features import Extraction
 from dino_fast.evaluate.knn import evaluate_knn
+from dino_fast.evaluate.trained_backbone import load_backbone
 from dino_fast.run.build import build_train_step
 from dino_fast.run.command import accept_any_encoding, lock_output
 from dino_fast.train import train
@@ -103,7 +102,7 @@ def run_in_folder(home: Path, selection: Selection | None, options: argparse.Nam
 
     # ---- The score of the weights that training begins with
     recipe = fit_recipe(read_demo_recipe(home, options.seed), len(sets.train), options.steps)
-    before = score_teacher(sets, recipe, None)
+    before = score_teacher(sets, recipe, None, home / "features")
 
     # ---- Training
     run = make_empty_folder(home / "run")
@@ -112,7 +111,7 @@ def run_in_folder(home: Path, selection: Selection | None, options: argparse.Nam
         checkpoint = list_checkpoints(train(recipe, ranks))[-1]
 
     # ---- The score of the trained weights
-    after = score_teacher(sets, recipe, checkpoint)
+    after = score_teacher(sets, recipe, checkpoint, home / "features")
     for line in describe_result(sets, home, run, checkpoint, before, after, time.monotonic() - start):
         say(line)
     if selection:
@@ -123,21 +122,22 @@ def run_in_folder(home: Path, selection: Selection | None, options: argparse.Nam
 # ---- The score ------------------------------------------------------------------------------------------------------
 
 
-def score_teacher(sets: ImageSets, recipe: Recipe, checkpoint: Path | None) -> float | None:
+def score_teacher(sets: ImageSets, recipe: Recipe, checkpoint: Path | None, cache: Path) -> float | None:
     """Return the k-NN accuracy in percent of the teacher in a checkpoint, or of the recipe's initial weights.
 
-    Return None where there are no labels.
+    Return None where there are no labels. The features are kept in the folder `cache`.
     """
     if sets.val is None:
         return None
-    if checkpoint is None:
-        with join_ranks(recipe.device) as ranks:
-            backbone = build_train_step(recipe, ranks).teacher.backbone
-    else:
-        backbone = load_backbone(checkpoint, "teacher").network
     crop = recipe.crops.global_size
     center = CenterCrop(choose_resize(crop), crop, recipe.data.normalization)
-    scores = evaluate_knn(backbone, sets.train, sets.val, center, torch.device("cpu"))
+    with join_ranks("cpu") as ranks:
+        if checkpoint is None:
+            backbone = build_train_step(recipe, ranks).teacher.backbone
+        else:
+            backbone = load_backbone(checkpoint, "teacher").network
+        how = Extraction(recipe.backbone, center, ranks, cache)
+        scores = evaluate_knn(backbone, sets.train, sets.val, how)
     top1 = scores[K].top1
     say(f"k-NN (k = {K}) {'before' if checkpoint is None else 'after'} training: {top1:.1f} %")
     return top1

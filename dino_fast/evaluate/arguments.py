@@ -5,7 +5,9 @@ Other commands use the parsers of flags and of numbers, too.
 
 import argparse
 import difflib
+import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +16,9 @@ from typing import Any, NoReturn
 
 from torch import nn
 
-from dino_fast.evaluate.features import load_backbone, read_normalization
+from dino_fast.distributed import Ranks
+from dino_fast.evaluate.features import Extraction, find_default_cache
+from dino_fast.evaluate.trained_backbone import TrainedBackbone, load_backbone, load_pretrained_backbone
 from dino_fast.model.backbones import BACKBONES
 from dino_fast.model.trial import check_size
 from pipelines.labeled import CenterCrop, choose_resize
@@ -86,10 +90,10 @@ def parse_positive_number(text: str) -> float:
     return number
 
 
-class EvaluationParser(FlagParser):
-    """Has the flags that all evaluation commands share."""
+class BackboneParser(FlagParser):
+    """Has the flags of a command that looks at a trained backbone: which one, and how images are prepared for it."""
 
-    # Those of the published eval_knn.py and eval_linear.py.
+    # Those of the published evaluation scripts.
     other_names = {  # noqa: RUF012  # it is not changed
         "--pretrained_weights": "--checkpoint", "--data_path": "--train DIR --val DIR", "--arch": "--backbone",
         "--patch_size": "--backbone", "--checkpoint_key": "--network", "--n_last_blocks": "--blocks",
@@ -98,16 +102,38 @@ class EvaluationParser(FlagParser):
 
     def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
         super().__init__(prog=f"dino-fast {command}", description=description, epilog=epilog)
-        self.add_argument(
-            "--checkpoint", type=Path, required=True, metavar="FILE",
+        weights = self.add_mutually_exclusive_group(required=True)
+        weights.add_argument(
+            "--checkpoint", type=Path, metavar="FILE",
             help="a step-….pt file, or the output folder of a run, which means its newest checkpoint; or weights that "
             "other programs saved, as for --init_from of dino-fast train",
+        )  # fmt: skip
+        weights.add_argument(
+            "--pretrained", action="store_true",
+            help="in place of a checkpoint: the weights that timm downloads for --backbone timm/NAME, such as "
+            "timm/vit_small_patch16_224.dino",
         )  # fmt: skip
         self.add_argument(
             "--backbone", metavar="NAME",
             help="backbone of weights that other programs saved, such as timm/NAME (default: the one of "
             f"{', '.join(BACKBONES)} whose shapes they have)",
         )  # fmt: skip
+        self.add_argument(
+            "--network", choices=("teacher", "student"), default="teacher",
+            help="whose backbone to take (default: teacher)",
+        )  # fmt: skip
+        self.add_argument(
+            "--device", choices=("auto", "cpu", "cuda"), default="auto",
+            help="where to compute; auto means the GPU if there is one (default: auto)",
+        )  # fmt: skip
+        self.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
+
+
+class EvaluationParser(BackboneParser):
+    """Has the flags of a command that scores a backbone on labeled shards, too."""
+
+    def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
+        super().__init__(command, description, epilog)
         self.add_argument(
             "--train", type=parse_path_or_url, required=True, metavar="DIR",
             help="folder or URL of labeled shards to learn from",
@@ -117,49 +143,71 @@ class EvaluationParser(FlagParser):
             help="folder or URL of labeled shards to classify",
         )  # fmt: skip
         self.add_argument(
-            "--network", choices=("teacher", "student"), default="teacher",
-            help="whose backbone to score (default: teacher)",
-        )  # fmt: skip
-        self.add_argument(
-            "--resize", type=_parse_pixels, metavar="PIXELS",
+            "--resize", type=parse_pixels, metavar="PIXELS",
             help="short side of the resized images (default: crop · 256 / 224)",
         )  # fmt: skip
         self.add_argument(
-            "--crop", type=_parse_pixels, metavar="PIXELS",
+            "--crop", type=parse_pixels, metavar="PIXELS",
             help="side of the center crop (default: crops.global_size of the checkpoint's recipe, or else "
             f"{PUBLISHED_CROP})",
         )  # fmt: skip
         self.add_argument(
-            "--device", choices=("auto", "cpu", "cuda"), default="auto",
-            help="where to compute; auto means the GPU if there is one (default: auto)",
+            "--limit", type=parse_whole_number(1), metavar="N",
+            help="use at most N images of each set, at even distances (default: all)",
         )  # fmt: skip
-        self.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
+        self.add_argument(
+            "--cache", type=Path, default=find_default_cache(), metavar="DIR",
+            help="folder in which features are kept, so that other commands need not compute them again; it can be "
+            "deleted at any time (default: ~/.cache/dino_fast/features)",
+        )  # fmt: skip
 
 
-def _parse_pixels(text: str) -> int:
+def parse_pixels(text: str) -> int:
+    """Read a flag's number of pixels, 16 to 4096."""
     if not text.isdecimal() or not 16 <= int(text) <= 4096:
         raise argparse.ArgumentTypeError(f"expected a number of pixels from 16 to 4096, not {text!r}")
     return int(text)
 
 
+def load_network_from(options: argparse.Namespace) -> tuple[TrainedBackbone, dict[str, Any]]:
+    """Load the backbone that the flags of a `BackboneParser` name.
+
+    Return it with what a result's JSON begins with: checkpoint, backbone, step, network, mean, std. Raises UserError
+    for flags that do not fit each other or the files.
+    """
+    check_json_file(options.json)
+    if options.pretrained:
+        found = load_pretrained_backbone(options.backbone)
+    else:
+        found = load_backbone(options.checkpoint, options.network, options.backbone)
+    return found, {
+        "checkpoint": str(options.checkpoint or "pretrained"), "backbone": found.name, "step": found.step,
+        "network": options.network, "mean": found.normalization.mean, "std": found.normalization.std,
+    }  # fmt: skip
+
+
 def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     """Load the backbone that the flags of an `EvaluationParser` name.
 
-    Return it with how images are prepared for it, and what a result's JSON begins with: checkpoint, backbone, step,
-    network, resize, crop, mean, std. Raises UserError for flags that do not fit each other or the files.
+    Return it with how images are prepared for it, and what a result's JSON begins with: what `load_network_from`
+    returns, resize and crop. Raises UserError for flags that do not fit each other or the files.
     """
-    check_json_file(options.json)
-    name, backbone, recipe, step = load_backbone(options.checkpoint, options.network, options.backbone)
-    crop = options.crop or (recipe["crops"]["global_size"] if recipe else PUBLISHED_CROP)
+    found, evaluation = load_network_from(options)
+    crop = options.crop or (found.recipe["crops"]["global_size"] if found.recipe else PUBLISHED_CROP)
     resize = options.resize or choose_resize(crop)
     if resize < crop:
         raise UserError(f"--resize {resize} is smaller than the crop of {crop} pixels. Raise it, or lower --crop.")
-    check_size(name, crop, "--crop")
-    normalization = read_normalization(recipe)
-    return backbone, CenterCrop(resize, crop, normalization), {
-        "checkpoint": str(options.checkpoint), "backbone": name, "step": step, "network": options.network,
-        "resize": resize, "crop": crop, "mean": normalization.mean, "std": normalization.std,
+    check_size(found.name, crop, "--crop")
+    return found.network, CenterCrop(resize, crop, found.normalization), {
+        **evaluation, "resize": resize, "crop": crop,
     }  # fmt: skip
+
+
+def build_extraction(
+    options: argparse.Namespace, evaluation: dict[str, Any], center: CenterCrop, ranks: Ranks
+) -> Extraction:
+    """Return how features are computed, by the flags of an `EvaluationParser` and `load_backbone_from`'s results."""
+    return Extraction(evaluation["backbone"], center, ranks, options.cache, options.limit)
 
 
 def name_network(evaluation: dict[str, Any]) -> str:
@@ -167,6 +215,14 @@ def name_network(evaluation: dict[str, Any]) -> str:
     if evaluation["step"] is None:
         return f"{evaluation['backbone']} of {escape_unprintable(evaluation['checkpoint'])}"
     return f"{evaluation['network']} after {evaluation['step']} steps"
+
+
+def write_json(file: Path | None, result: dict[str, Any]) -> None:
+    """Write a result to the file of --json, if there is one: whole, or not at all."""
+    if file:
+        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(result, indent=1) + "\n")
+        unfinished.replace(file)
 
 
 def check_json_file(file: Path | None) -> None:

@@ -1,142 +1,104 @@
-"""Frozen features of labeled shards, and the backbone of a checkpoint that computes them."""
+"""Frozen features of labeled shards, computed once by all ranks and kept on the disk for every protocol."""
 
-import sys
-from collections.abc import Iterable, Mapping
+import hashlib
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
-from rich.progress import track
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_fast.model.backbones import BACKBONES, build_backbone
-from dino_fast.weights.matching import (
-    Shapes,
-    find_backbone_name,
-    find_kinds,
-    list_shapes,
-    match_weights,
-    pick_backbone,
-)
-from dino_fast.weights.weight_files import OUR_KINDS, find_weights, is_ours, read_file
+from dino_fast.distributed import Ranks
+from dino_fast.evaluate.feature_file import CHUNK, FeatureFile
+from dino_fast.evaluate.token_features import TokenFeatures
 from pipelines.labeled import CenterCrop, load_labeled_batches
 from pipelines.loader import count_default_threads
-from pipelines.photometric import MEAN, STD, Normalization
 from shards.errors import UserError
 from shards.index import ShardIndex
+from shards.progress import show_progress
 
-BATCH_SIZE = 64  # images that go through the backbone at once
+BATCH_SIZE = 64  # images that go through the backbone at once; CHUNK is a multiple of it
 
-Item = TypeVar("Item")
-
-
-class TrainedBackbone(NamedTuple):
-    """A backbone out of a file of weights."""
-
-    name: str
-    """the backbone's"""
-    network: nn.Module
-    """maps [N, 3, H, W] to [N, D]"""
-    recipe: dict[str, Any]
-    """the run's recipe as plain data; empty where another program wrote the file"""
-    step: int | None
-    """steps that the run had done; None where another program wrote the file"""
+Numbers = npt.NDArray[np.int64]
 
 
-def load_backbone(path: Path, network: Literal["teacher", "student"], name: str | None = None) -> TrainedBackbone:
-    """Load the backbone of a file of weights, or of the newest checkpoint in a run's folder.
+@dataclass(frozen=True)
+class Extraction:
+    """How features are computed, by whom, and where they are kept."""
 
-    name: the backbone's, where neither a recipe nor the weights' shapes tell it. Damaged checkpoints are named on
-    standard error. Raises UserError for a file that holds no backbone, or that does not fit.
-    """
-    state, lines = read_file(path)
-    for line in lines:
-        print(line, file=sys.stderr)
-    recipe, step = (state["recipe"], state["step"]) if is_ours(state) else ({}, None)
-    name = _choose_name(path, name, recipe.get("backbone"))
-    backbone = build_backbone(name)[0] if name else None
-    found = find_weights(path, state, OUR_KINDS if backbone is None else find_kinds(backbone))
-    given = pick_backbone(found.teacher if network == "teacher" else found.student)
-    if name is None or backbone is None:
-        name = _recognize(path, given)
-        backbone, _ = build_backbone(name)
-    own = {f"backbone.{key}": value for key, value in backbone.state_dict().items()}
-    with torch.no_grad():
-        for value, theirs in match_weights(f"{path}: its {network}", own, given, _suggest_backbone):
-            value.copy_(theirs)
-    return TrainedBackbone(name, backbone, recipe, step)
+    backbone: str
+    """what the features are of, in words: two networks of equal weights may differ"""
+    center: CenterCrop
+    """how images are prepared"""
+    ranks: Ranks
+    """they share the images; all of them see the folder `cache`"""
+    cache: Path
+    """folder with a subfolder for each set of features"""
+    limit: int | None = None
+    """how many images of a set are used at most, at even distances; None: all"""
 
-
-def _choose_name(path: Path, asked: str | None, recorded: str | None) -> str | None:
-    if asked and recorded and asked != recorded:
-        raise UserError(f"--backbone {asked}: the recipe of {path} says {recorded}. Leave the flag out.")
-    return asked or recorded
-
-
-def _recognize(path: Path, weights: Mapping[str, Tensor]) -> str:
-    """Return the name of the backbone whose weights have these shapes. Raises UserError where none of ours has."""
-    name = find_backbone_name(list_shapes(weights))
-    if name is None:
-        raise UserError(
-            f"{path}: its backbone is none of {', '.join(BACKBONES)}, or not complete. For a model of timm pass "
-            "--backbone timm/NAME."
-        )
-    return name
-
-
-def _suggest_backbone(_: Shapes, theirs: Shapes) -> str:
-    """Return what to do about weights that do not fit."""
-    name = find_backbone_name(theirs)
-    return f"Pass --backbone {name}." if name else "Pass another file, or the --backbone that it is of."
-
-
-def read_normalization(recipe: dict[str, Any]) -> Normalization:
-    """Return the normalization of a run from its recipe. In early checkpoints it is not a setting, but ImageNet's."""
-    data = recipe.get("data", {})
-    return Normalization(tuple(data.get("mean", MEAN)), tuple(data.get("std", STD)))
+    @property
+    def half(self) -> bool:
+        """Whether features are computed and kept in half precision, as they are on a GPU."""
+        return self.ranks.device.type == "cuda"
 
 
 @dataclass(frozen=True)
 class Features:
-    """The features that a classifier learns from and those that it classifies, all on one device."""
+    """The features that a classifier learns from and those that it classifies, memory-mapped."""
 
     train: Tensor
-    """[N, D], float32"""
+    """[N, D], float32 or float16"""
     train_labels: Tensor
     """[N], int64, 0 to classes − 1"""
     val: Tensor
-    """[M, D], float32"""
+    """[M, D], float32 or float16"""
     val_labels: Tensor
     """[M], int64, 0 to classes − 1. They number the classes as the training set does."""
     classes: int
     """number of classes in the training set"""
 
 
-def compute_features(
-    backbone: nn.Module, train: ShardIndex, val: ShardIndex, center: CenterCrop, device: torch.device
-) -> Features:
-    """Compute the backbone's features of both sets, on the device, or on the CPU where they do not fit there.
+def find_default_cache() -> Path:
+    """Return the folder that features are kept in where no other is named: it is the user's, on this machine."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "dino_fast" / "features"
+
+
+def compute_features(network: nn.Module, train: ShardIndex, val: ShardIndex, how: Extraction) -> Features:
+    """Compute a network's features of both sets, or read them where they are kept.
 
     Raises UserError, before it computes anything, for samples without labels and for classes that only `val` has.
     """
-    train_numbers = torch.tensor(_match_classes(train, val))
-    (train_features, train_labels), (val_features, val_labels) = (
-        extract_features(backbone, index, center, device) for index in (train, val)
-    )
-    home = train_features.device if train_features.device == val_features.device else torch.device("cpu")
-    val_labels = train_numbers.to(val_labels.device)[val_labels]
+    train_numbers = _match_classes(train, val)
+    kept = [choose_samples(index, how.limit) for index in (train, val)]
+    features = [extract_features(network, index, ids, how) for index, ids in zip((train, val), kept, strict=True)]
+    labels = [index.labels[ids].astype(np.int64) for index, ids in zip((train, val), kept, strict=True)]
     return Features(
-        train_features.to(home), train_labels.to(home), val_features.to(home), val_labels.to(home), len(train.classes)
-    )
+        features[0], torch.from_numpy(labels[0]), features[1], torch.from_numpy(train_numbers[labels[1]]),
+        len(train.classes),
+    )  # fmt: skip
 
 
-def _match_classes(train: ShardIndex, val: ShardIndex) -> list[int]:
+def choose_samples(index: ShardIndex, limit: int | None) -> Numbers:
+    """Return the numbers of at most `limit` samples, at even distances, sorted."""
+    count = min(len(index), limit or len(index))
+    return np.arange(count) * len(index) // max(1, count)
+
+
+def _match_classes(train: ShardIndex, val: ShardIndex) -> Numbers:
     """Return, for each class of `val`, its number in `train`. Raises UserError where `train` lacks it."""
     for index in (train, val):
-        if not index.classes or (index.labels < 0).any():
-            raise UserError(f"{index.folder} has samples without labels. Pass shards packed from class folders.")
+        if not len(index) or not index.classes or (index.labels < 0).any():
+            raise UserError(
+                f"{index.folder} has samples without labels, or no samples. Pass shards packed from class folders."
+            )
     unknown = sorted(set(val.classes) - set(train.classes))
     if unknown:
         raise UserError(
@@ -144,41 +106,106 @@ def _match_classes(train: ShardIndex, val: ShardIndex) -> list[int]:
             "classes."
         )
     numbers = {name: number for number, name in enumerate(train.classes)}
-    return [numbers[name] for name in val.classes]
+    return np.array([numbers[name] for name in val.classes])
 
 
 @torch.inference_mode()
-def extract_features(
-    backbone: nn.Module, index: ShardIndex, center: CenterCrop, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """Compute features [N, D], float32, and labels [N], int64, of every sample.
+def extract_features(network: nn.Module, index: ShardIndex, ids: Numbers, how: Extraction) -> Tensor:
+    """Return a network's features [N, D] of the samples with these numbers, memory-mapped.
 
-    The results are on the device if they fit into half of its free memory, else on the CPU. The backbone stays in
-    evaluation mode: batch norms use their running statistics.
+    What an earlier pass has computed is read; the ranks share the rest. The network stays in evaluation mode: batch
+    norms use their running statistics. Raises UserError for a sample that cannot be read.
     """
-    backbone.to(device).to(memory_format=torch.channels_last).eval()
-    batches = load_labeled_batches(index, BATCH_SIZE, center, count_default_threads())
-    total, done = -(-len(index) // BATCH_SIZE), 0
-    features = torch.empty(0)
-    for images, _ in show_progress(batches, f"features of {index.folder}", total):
-        batch = backbone(images.to(device, non_blocking=True)).float()
-        if not done:  # only now is the width D known
-            features = _allocate_features(len(index), batch.shape[1], device)
-        features[done : done + len(batch)] = batch
-        done += len(batch)
-    return features, torch.from_numpy(np.asarray(index.labels, np.int64)).to(features.device)
+    network.to(how.ranks.device).to(memory_format=torch.channels_last).eval()
+    file = _open_file(network, index, ids, how)
+    missing = file.find_missing_chunks()
+    _wait_for_all(how.ranks)  # until each rank has seen the same chunks missing
+    rows = _list_rows(missing[how.ranks.rank :: how.ranks.world], len(ids))
+    for row, features in _compute_rows(network, index, ids, rows, how):
+        file.write(row, features)
+    _wait_for_all(how.ranks)
+    return file.read()
 
 
-def show_progress(items: Iterable[Item], what: str, total: int) -> Iterable[Item]:
-    """Yield the items. On a terminal a progress bar shows how many are done; it disappears at the end."""
-    return track(items, what, total, transient=True, disable=not sys.stdout.isatty())
+def _open_file(network: nn.Module, index: ShardIndex, ids: Numbers, how: Extraction) -> FeatureFile:
+    """Open the file of the features that this network has of these samples. Its folder's name tells them apart."""
+    width = _compute(network, torch.zeros(1, 3, how.center.crop, how.center.crop), how).shape[1]
+    center = how.center
+    about = {
+        "backbone": how.backbone,
+        "features": str(network) if isinstance(network, TokenFeatures) else "pooled",
+        "weights": hash_weights(network.state_dict()),
+        "images": str(index.folder),
+        "resize": center.resize, "crop": center.crop,
+        "mean": list(center.normalization.mean), "std": list(center.normalization.std),
+        "device": how.ranks.device.type,
+    }  # fmt: skip
+    key = {**about, "images": index.fingerprint, "samples": hashlib.sha256(ids.tobytes()).hexdigest()}
+    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
+    return FeatureFile(how.cache / name, (len(ids), width), np.float16 if how.half else np.float32, about)
 
 
-def _allocate_features(samples: int, width: int, device: torch.device) -> Tensor:
-    # Only half of the free memory is used, since a protocol needs some, too: k-NN holds a normalized copy.
-    if device.type == "cuda" and 4 * samples * width > torch.cuda.mem_get_info(device)[0] // 2:
-        device = torch.device("cpu")
-    return torch.empty(samples, width, device=device)
+def hash_weights(weights: Mapping[str, Tensor]) -> str:
+    """Return a SHA-256 of the names, shapes and values of a state dict, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, value in weights.items():
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _list_rows(chunks: list[int], count: int) -> Numbers:
+    """Return the rows of these chunks among `count` rows."""
+    rows = (np.array(chunks, np.int64)[:, None] * CHUNK + np.arange(CHUNK)).ravel()
+    return rows[rows < count]
+
+
+def _compute_rows(
+    network: nn.Module, index: ShardIndex, ids: Numbers, rows: Numbers, how: Extraction
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield batches of features of the samples `ids[rows]`, each with the row of its first. Progress is shown."""
+    done, ranks = 0, how.ranks
+    with show_progress(f"features of {index.folder}") as report:
+        for images in _load_images(index, ids[rows], how):
+            yield int(rows[done]), _compute(network, images, how)
+            done += len(images)
+            if ranks.first:
+                report(min(done * ranks.world, len(ids)), min(len(rows) * ranks.world, len(ids)))
+
+
+def _load_images(index: ShardIndex, ids: Numbers, how: Extraction) -> Iterator[Tensor]:
+    """Yield batches of prepared images. For a GPU DALI makes them, where it is there and the images were checked."""
+    threads, device = count_default_threads(), how.ranks.device
+    if device.type == "cuda" and index.fully_decoded and importlib.util.find_spec("nvidia.dali"):
+        from pipelines.labeled_dali import load_dali_batches
+
+        yield from load_dali_batches(index, BATCH_SIZE, how.center, threads, ids, device)
+    else:
+        yield from (images for images, _ in load_labeled_batches(index, BATCH_SIZE, how.center, threads, ids))
+
+
+def _compute(network: nn.Module, images: Tensor, how: Extraction) -> Tensor:
+    device = how.ranks.device
+    with torch.autocast(device.type, torch.float16, enabled=how.half):
+        features: Tensor = network(images.to(device, non_blocking=True))
+    return features.float()
+
+
+def _wait_for_all(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        dist.barrier()
+
+
+def move_if_it_fits(features: Tensor, device: torch.device) -> Tensor:
+    """Return the features on the device, or where they are if they would fill more than half of a GPU's free memory."""
+    if device.type == "cuda" and features.nbytes > torch.cuda.mem_get_info(device)[0] // 2:
+        return features
+    return features.to(device)
+
+
+def are_finite(features: Tensor) -> bool:
+    """Return whether all features [N, D] are finite numbers."""
+    return all(bool(part.float().sum().isfinite()) for part in features.split(2**16))
 
 
 def check_labels(name: str, features: Tensor, labels: Tensor, classes: int) -> None:

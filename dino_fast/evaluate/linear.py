@@ -14,21 +14,38 @@ transformer (`token_features.py`). Four things differ:
 """
 
 import argparse
-import json
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from rich.progress import track
 from torch import Tensor, nn
 
-from dino_fast.distributed import choose_device
-from dino_fast.evaluate.arguments import EvaluationParser, load_backbone_from, name_network, parse_whole_number
-from dino_fast.evaluate.features import check_labels, compute_features, show_progress
+from dino_fast.distributed import join_ranks
+from dino_fast.evaluate.arguments import (
+    EvaluationParser,
+    build_extraction,
+    load_backbone_from,
+    name_network,
+    parse_whole_number,
+    write_json,
+)
+from dino_fast.evaluate.features import (
+    Extraction,
+    Features,
+    are_finite,
+    check_labels,
+    choose_samples,
+    compute_features,
+    move_if_it_fits,
+)
 from dino_fast.evaluate.token_features import BLOCKS, TokenFeatures, choose_features
-from pipelines.labeled import CenterCrop
 from shards.errors import UserError
 from shards.index import ShardIndex
 
@@ -103,20 +120,27 @@ def train_heads(
     on the CPU. An epoch's last batch may be smaller. Raises ValueError where labels do not fit.
     """
     check_labels("train", features, labels, classes)
-    heads = initialize_heads(features, classes, protocol, device)
+    dtype = torch.promote_types(
+        features.dtype, torch.float32
+    )  # features in half precision are computed with in float32
+    heads = initialize_heads(features.shape[1], classes, protocol, device, dtype)
     velocity = Heads(torch.zeros_like(heads.weights), torch.zeros_like(heads.biases))
-    for epoch in show_progress(range(protocol.epochs), "linear heads", protocol.epochs):
-        rates = torch.tensor(protocol.learning_rates_at(epoch), dtype=features.dtype, device=device)[:, None]
+    for epoch in _show_progress(range(protocol.epochs)):
+        rates = torch.tensor(protocol.learning_rates_at(epoch), dtype=dtype, device=device)[:, None]
         for rows in protocol.shuffle(epoch, len(labels)).to(features.device).split(protocol.batch):
-            _take_sgd_step(heads, velocity, features[rows].to(device), labels[rows].to(device), rates)
+            _take_sgd_step(
+                heads, velocity, features[rows].to(device, dtype), labels[rows.to(labels.device)].to(device), rates
+            )
     return heads
 
 
-def initialize_heads(features: Tensor, classes: int, protocol: LinearProtocol, device: torch.device) -> Heads:
-    """Return the heads before training, on the device and of the features' type."""
-    heads, width = len(protocol.lrs), features.shape[1]
+def initialize_heads(
+    width: int, classes: int, protocol: LinearProtocol, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Heads:
+    """Return the heads before training, for features [N, width]: equal ones, on the device and of the type."""
+    heads = len(protocol.lrs)
     one = torch.randn(classes, width, generator=torch.Generator().manual_seed(protocol.seed)) * INITIAL_STD
-    return Heads(one.to(device, features.dtype).repeat(heads, 1, 1), features.new_zeros(heads, classes, device=device))
+    return Heads(one.to(device, dtype).repeat(heads, 1, 1), torch.zeros(heads, classes, device=device, dtype=dtype))
 
 
 def _take_sgd_step(heads: Heads, velocity: Heads, x: Tensor, y: Tensor, rates: Tensor) -> None:
@@ -132,6 +156,11 @@ def _take_sgd_step(heads: Heads, velocity: Heads, x: Tensor, y: Tensor, rates: T
     heads.biases.addcmul_(velocity.biases, rates, value=-1)
 
 
+def _show_progress(epochs: range) -> Iterable[int]:
+    """Yield the epochs. On a terminal a bar shows how many are done; it disappears at the end."""
+    return track(epochs, "linear heads", len(epochs), transient=True, disable=not sys.stdout.isatty())
+
+
 @torch.inference_mode()
 def score_heads(heads: Heads, features: Tensor, labels: Tensor) -> list[tuple[float, float]]:
     """Return top-1 and top-5 of each head, in percent, for features [M, D] and labels [M].
@@ -144,7 +173,7 @@ def score_heads(heads: Heads, features: Tensor, labels: Tensor) -> list[tuple[fl
     hits = torch.zeros(count, 2, dtype=torch.int64, device=heads.biases.device)
     rows = max(1, _MAX_LOGITS // (count * classes))
     for x, y in zip(features.split(rows), labels.split(rows), strict=True):
-        logits = heads.compute_logits(x.to(hits.device))
+        logits = heads.compute_logits(x.to(heads.weights))
         correct = logits.topk(min(5, classes), dim=2).indices == y.to(hits.device)[:, None, None]
         correct &= logits.isfinite().all(2, keepdim=True)
         hits += torch.stack([correct[:, :, 0].sum(0), correct.sum((0, 2))], 1)
@@ -152,24 +181,32 @@ def score_heads(heads: Heads, features: Tensor, labels: Tensor) -> list[tuple[fl
 
 
 def evaluate_linear(
-    backbone: nn.Module,
-    train: ShardIndex,
-    val: ShardIndex,
-    center: CenterCrop,
-    device: torch.device,
-    protocol: LinearProtocol,
+    network: nn.Module, train: ShardIndex, val: ShardIndex, how: Extraction, protocol: LinearProtocol
 ) -> list[LinearScore]:
-    """Train heads on a backbone's features of `train` and score them on those of `val`: one score per learning rate.
+    """Train heads on a network's features of `train` and score them on those of `val`: one score per learning rate.
+
+    The ranks share the learning rates.
 
     Raises UserError where the classes do not fit, or where features are not finite.
     """
-    found = compute_features(backbone, train, val, center, device)
-    if not (found.train.sum() + found.val.sum()).isfinite():
+    found, ranks = compute_features(network, train, val, how), how.ranks
+    if not (are_finite(found.train) and are_finite(found.val)):
         raise UserError(
             "--checkpoint: the features of its backbone are not finite, because the run diverged. Pass an earlier "
             "step-….pt file."
         )
-    heads = train_heads(found.train, found.train_labels, found.classes, protocol, device)
+    lrs = protocol.lrs[ranks.rank :: ranks.world]
+    shares: list[list[LinearScore]] = [_train_and_score(found, replace(protocol, lrs=lrs), ranks.device) if lrs else []]
+    if ranks.world > 1:
+        shares *= ranks.world
+        dist.all_gather_object(shares, shares[ranks.rank])
+    scores = {score.lr: score for score in chain.from_iterable(shares)}
+    return [scores[lr] for lr in protocol.lrs]
+
+
+def _train_and_score(found: Features, protocol: LinearProtocol, device: torch.device) -> list[LinearScore]:
+    train = move_if_it_fits(found.train, device)
+    heads = train_heads(train, found.train_labels, found.classes, protocol, device)
     scores = score_heads(heads, found.val, found.val_labels)
     return [LinearScore(lr, *score) for lr, score in zip(protocol.lrs, scores, strict=True)]
 
@@ -200,10 +237,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     protocol = LinearProtocol(options.lrs, options.epochs, options.batch, options.seed)
     backbone, center, evaluation = load_backbone_from(options)
     network = choose_features(backbone, options.blocks, options.mean_patch)
-    with ShardIndex(options.train) as train, ShardIndex(options.val) as val:
-        device = choose_device(options.device, 0)
-        scores = evaluate_linear(network, train, val, center, device, protocol)
-        counts = {"train": len(train), "val": len(val), "classes": len(train.classes)}
+    with join_ranks(options.device) as ranks, ShardIndex(options.train) as train, ShardIndex(options.val) as val:
+        how = build_extraction(options, evaluation, center, ranks)
+        scores = evaluate_linear(network, train, val, how, protocol)
+        counts = {name: len(choose_samples(index, how.limit)) for name, index in (("train", train), ("val", val))}
+        counts["classes"] = len(train.classes)
+    if not ranks.first:
+        return 0
     print(f"{name_network(evaluation)}: {counts['train']} train and {counts['val']} val images")
     print(f"short side {center.resize}, center crop {center.crop}, {counts['classes']} classes")
     features = {}
@@ -211,13 +251,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"features: {network}")
         features = {"blocks": network.blocks, "mean_patch": network.mean_patch}
     _print_scores(scores, protocol)
-    if options.json:
-        result = {
-            **evaluation, **features, **counts,
-            "epochs": protocol.epochs, "batch": protocol.batch, "seed": protocol.seed,
-            "best": asdict(pick_best(scores)), "linear": [asdict(score) for score in scores],
-        }  # fmt: skip
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    write_json(options.json, {
+        **evaluation, **features, **counts,
+        "epochs": protocol.epochs, "batch": protocol.batch, "seed": protocol.seed,
+        "best": asdict(pick_best(scores)), "linear": [asdict(score) for score in scores],
+    })  # fmt: skip
     return 0
 
 

@@ -15,6 +15,8 @@ from shards.errors import UserError
 
 PREFIX = "timm/"
 
+Levels = tuple[float, float, float]  # of the color channels, 0 to 1
+
 
 def build_timm_backbone(name: str) -> tuple[nn.Module, int]:
     """Build the model `timm/NAME`, which maps [N, 3, H, W] to [N, D]. Returns it and its D.
@@ -23,11 +25,7 @@ def build_timm_backbone(name: str) -> tuple[nn.Module, int]:
     global generator, and a resumed run would draw other numbers. Raises what `check_timm_name` does.
     """
     check_timm_name(name)
-    create, model = _import_timm(name).create_model, name.removeprefix(PREFIX)
-    try:
-        network = create(model, pretrained=False, num_classes=0, dynamic_img_size=True)
-    except TypeError:  # it has no such setting, as convolutional models do not need one
-        network = create(model, pretrained=False, num_classes=0)
+    network = _create_model(name, pretrained=False)
     for module in network.modules():
         if isinstance(module, _DropoutNd):
             module.p = 0.0
@@ -35,6 +33,43 @@ def build_timm_backbone(name: str) -> tuple[nn.Module, int]:
             if hasattr(module, rate):
                 setattr(module, rate, 0.0)
     return network, network.head_hidden_size
+
+
+def load_timm_model(name: str) -> tuple[nn.Module, Levels, Levels]:
+    """Build a model with the weights that timm downloads, or has downloaded, for it: `timm/NAME` or `timm/NAME.TAG`.
+
+    Returns it with the mean and the standard deviation that its images are normalized by. Raises what `check_timm_name`
+    does, and UserError for a model without such weights, and where they cannot be had.
+    """
+    model, _, tag = name.removeprefix(PREFIX).partition(".")
+    check_timm_name(PREFIX + model)
+    tags = [
+        known.partition(".")[2]
+        for known in _import_timm(name).list_pretrained(f"{model}*")
+        if known.partition(".")[0] == model
+    ]
+    if not tags or (tag and tag not in tags):
+        which = f"timm has weights of {', '.join(tags)}" if tags else "timm has no weights for this model"
+        raise UserError(f"--backbone {name}: {which}. timm.list_pretrained() lists all.")
+    try:
+        network = _create_model(name, pretrained=True)
+    except Exception as error:  # the hub, the network and the cache each have exceptions of their own
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"--backbone {name}: its weights could not be downloaded ({reason.rstrip('.')}). Download them where "
+            "there is a network, or pass --checkpoint FILE."
+        ) from error
+    about: Any = network.pretrained_cfg
+    return network, about["mean"], about["std"]
+
+
+def _create_model(name: str, pretrained: bool) -> Any:
+    """Create a model without its classifier, for images of any size where it can be told to."""
+    create, model = _import_timm(name).create_model, name.removeprefix(PREFIX)
+    try:
+        return create(model, pretrained=pretrained, num_classes=0, dynamic_img_size=True)
+    except TypeError:  # it has no such setting, as convolutional models do not need one
+        return create(model, pretrained=pretrained, num_classes=0)
 
 
 def check_timm_name(name: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dino_fast.evaluate.features import load_backbone
+from dino_fast.evaluate.trained_backbone import load_backbone
 from tests.dino_fast.conftest import ROOT
 
 

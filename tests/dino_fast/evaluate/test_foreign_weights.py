@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from torchvision import models
 
 from dino_fast.__main__ import main as dino_fast
-from dino_fast.evaluate.features import load_backbone
+from dino_fast.evaluate.trained_backbone import load_backbone, load_pretrained_backbone
 from dino_fast.model.backbones import build_backbone
+from pipelines.photometric import Normalization
 from shards.errors import UserError
 from tests.dino_fast.run.test_initial_weights import safetensors
 
@@ -52,7 +55,7 @@ def test_the_features_are_those_of_the_file(layout: str, tmp_path: Path):
             }[layout],
             path,
         )  # fmt: skip
-    name, network, recipe, step = load_backbone(path, "teacher")
+    name, network, recipe, step, _ = load_backbone(path, "teacher")
     assert (name, recipe, step) == ("resnet18", {}, None)
     expected = models.resnet18()
     expected.load_state_dict(weights)
@@ -105,3 +108,41 @@ def test_the_command_says_what_it_scored(labeled_shards: Path, tmp_path: Path, c
     assert capsys.readouterr().out.startswith(f"resnet18 of {path}: 40 train and 40 val images\n")
     result = json.loads(file.read_text())
     assert (result["backbone"], result["step"], result["crop"]) == ("resnet18", None, 32)
+
+
+def test_weights_that_timm_has_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The hub's cache is made by hand: `snapshots` has what a download would have put there."""
+    torch.manual_seed(3)
+    model = timm.create_model("test_vit2")
+    repository = model.pretrained_cfg["hf_hub_id"].replace("/", "--")
+    snapshot = tmp_path / f"models--{repository}" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (tmp_path / f"models--{repository}" / "refs").mkdir()
+    (tmp_path / f"models--{repository}" / "refs" / "main").write_text("0" * 40)
+    save_file(model.state_dict(), snapshot / "model.safetensors")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = load_pretrained_backbone("timm/test_vit2")
+    x = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        expected = model.eval().forward_head(model.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(found.network.eval()(x), expected)
+    assert found.normalization == Normalization(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (None, r"--pretrained needs --backbone timm/NAME, not None"),
+        ("resnet18", r"--pretrained needs --backbone timm/NAME, not resnet18"),
+        ("timm/resnet18.no_such_tag", r"timm has weights of .*a1_in1k"),
+        ("timm/vit_small_patch16_18x2_224", r"timm has no weights for this model"),
+        ("timm/no_such_model", r"timm has no model of this name"),
+        ("timm/resnet18.a1_in1k", r"its weights could not be downloaded \(.+\)\. Download them where"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_named(name: str | None, line: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=line):
+        load_pretrained_backbone(name)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dino_fast.evaluate import knn
+from dino_fast.evaluate import nearest
 from dino_fast.evaluate.knn import KS, KnnScore, explain_equal_rows, score_weighted_knn
 
 ROWS = json.loads((Path(__file__).parents[2] / "golden" / "reference_knn.json").read_text())
@@ -26,11 +26,13 @@ def _reference_features() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("temperature", sorted({row["temperature"] for row in ROWS}))
-@pytest.mark.parametrize("max_similarities", [1, 150_000, 2**26])
+@pytest.mark.parametrize(("similarities", "part"), [(3000, 2**14), (3000, 100), (2**26, 2**14)])
 def test_equals_the_published_scores(
-    temperature: float, max_similarities: int, monkeypatch: pytest.MonkeyPatch
+    temperature: float, similarities: int, part: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(knn, "_MAX_SIMILARITIES", max_similarities)  # one test image at a time, some, all
+    """One test image at a time and all train images, 30 and 100 of them, all and all."""
+    monkeypatch.setattr(nearest, "MAX_SIMILARITIES", similarities)
+    monkeypatch.setattr(nearest, "_PART", part)
     expected = {r["k"]: KnnScore(r["top1"], r["top5"]) for r in ROWS if r["temperature"] == temperature}
     scores = score_weighted_knn(*_reference_features(), 10, tuple(expected), temperature)
     # Of 5 or 10 neighbors often fewer than five classes have votes, and the published top-5 counts others, too.

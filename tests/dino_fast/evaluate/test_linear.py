@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dino_fast.__main__ import main as dino_fast
+from dino_fast.distributed import Ranks
 from dino_fast.evaluate import features, linear
 from dino_fast.evaluate.linear import (
     Heads,
@@ -72,7 +73,7 @@ def _train_as_published(x: Tensor, y: Tensor, layer: nn.Linear, protocol: Linear
 def test_each_head_equals_the_published_training_of_that_head_alone(samples, width, classes, batch, epochs, lrs, seed):
     protocol = LinearProtocol(tuple(lrs), epochs, batch, seed)
     x, y = _data(samples, width, classes)
-    start = initialize_heads(x, classes, protocol, CPU)
+    start = initialize_heads(width, classes, protocol, CPU, torch.float64)
     heads = train_heads(x, y, classes, protocol, CPU)
     for r, lr in enumerate(lrs):
         layer = nn.Linear(width, classes, dtype=torch.float64)
@@ -84,12 +85,12 @@ def test_each_head_equals_the_published_training_of_that_head_alone(samples, wid
 
 
 def test_all_heads_have_the_same_published_initial_weights():
-    heads = initialize_heads(torch.empty(0, 512), 100, LinearProtocol(lrs=(1, 2)), CPU)
+    heads = initialize_heads(512, 100, LinearProtocol(lrs=(1, 2)), CPU)
     assert torch.equal(heads.weights[0], heads.weights[1])
     assert heads.weights.std().item() == pytest.approx(0.01, rel=0.02)
     assert abs(heads.weights.mean().item()) < 2e-4
     assert not heads.biases.any()
-    other = initialize_heads(torch.empty(0, 512), 100, LinearProtocol(lrs=(1, 2), seed=1), CPU)
+    other = initialize_heads(512, 100, LinearProtocol(lrs=(1, 2), seed=1), CPU)
     assert not torch.equal(heads.weights, other.weights)
 
 
@@ -171,7 +172,7 @@ def test_a_protocol_with_wrong_values_is_refused(wrong, message: str):
 
 def test_labels_that_do_not_fit_are_refused():
     x, y = _data(4, 3, 2)
-    heads = initialize_heads(x, 2, LinearProtocol(), CPU)
+    heads = initialize_heads(3, 2, LinearProtocol(), CPU, x.dtype)
     with pytest.raises(ValueError, match="train labels do not lie in 0 to 1"):
         train_heads(x, y + 2, 2, LinearProtocol(), CPU)
     with pytest.raises(ValueError, match="test labels do not lie in 0 to 1"):
@@ -180,10 +181,10 @@ def test_labels_that_do_not_fit_are_refused():
         train_heads(x, y[:3], 2, LinearProtocol(), CPU)
 
 
-def test_features_that_do_not_fit_on_a_gpu_go_to_the_cpu(monkeypatch: pytest.MonkeyPatch):
+def test_features_that_do_not_fit_on_a_gpu_stay_on_the_cpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * 4 * 10 * 7 - 1, 10**9))
-    room = features._allocate_features(10, 7, torch.device("cuda"))
-    assert (room.shape, room.dtype, room.device) == ((10, 7), torch.float32, CPU)
+    found = torch.zeros(10, 7)
+    assert features.move_if_it_fits(found, torch.device("cuda")) is found
 
 
 @pytest.mark.gpu
@@ -209,6 +210,11 @@ class Brightness(nn.Module):
         return self.scale * x.mean((2, 3))
 
 
+def how(cache: Path) -> features.Extraction:
+    """Return how features of 32 pixels are computed by one rank, and kept in a folder."""
+    return features.Extraction("brightness", CenterCrop(37, 32), Ranks(0, 1, CPU), cache / "features")
+
+
 @pytest.fixture
 def bright_only(labeled_shards: Path, tmp_path: Path) -> Path:
     """Pack only class 1 of `labeled_shards`, which has the number 0 here."""
@@ -217,31 +223,31 @@ def bright_only(labeled_shards: Path, tmp_path: Path) -> Path:
     return tmp_path / "bright"
 
 
-def test_val_may_have_a_subset_of_the_classes(labeled_shards: Path, bright_only: Path):
+def test_val_may_have_a_subset_of_the_classes(labeled_shards: Path, bright_only: Path, tmp_path: Path):
     protocol = LinearProtocol((0.1, 0.3))
     with ShardIndex(labeled_shards) as both, ShardIndex(bright_only) as bright:
         assert bright.classes == ("class_1",)
-        found = features.compute_features(Brightness(), both, bright, CenterCrop(37, 32), CPU)
+        found = features.compute_features(Brightness(), both, bright, how(tmp_path))
         assert (found.classes, found.val_labels.tolist()) == (2, [1] * 20)
-        scores = evaluate_linear(Brightness(), both, bright, CenterCrop(37, 32), CPU, protocol)
+        scores = evaluate_linear(Brightness(), both, bright, how(tmp_path), protocol)
         assert scores == [LinearScore(lr, 100, 100) for lr in protocol.lrs]
         with pytest.raises(UserError, match=r"has classes that .* lacks: class_0"):
-            evaluate_linear(Brightness(), bright, both, CenterCrop(37, 32), CPU, protocol)
+            evaluate_linear(Brightness(), bright, both, how(tmp_path), protocol)
 
 
-def test_a_single_class_is_always_right(bright_only: Path):
+def test_a_single_class_is_always_right(bright_only: Path, tmp_path: Path):
     with ShardIndex(bright_only) as bright:
-        assert evaluate_linear(Brightness(), bright, bright, CenterCrop(37, 32), CPU, LinearProtocol((0.1,))) == [
+        assert evaluate_linear(Brightness(), bright, bright, how(tmp_path), LinearProtocol((0.1,))) == [
             LinearScore(0.1, 100, 100)
         ]
 
 
-def test_a_diverged_backbone_is_refused(labeled_shards: Path):
+def test_a_diverged_backbone_is_refused(labeled_shards: Path, tmp_path: Path):
     with (
         ShardIndex(labeled_shards) as index,
         pytest.raises(UserError, match="features of its backbone are not finite"),
     ):
-        evaluate_linear(Brightness(float("nan")), index, index, CenterCrop(37, 32), CPU, LinearProtocol())
+        evaluate_linear(Brightness(float("nan")), index, index, how(tmp_path), LinearProtocol())
 
 
 def test_the_command_scores_a_run(train_here, labeled_shards: Path, tmp_path: Path, capsys):

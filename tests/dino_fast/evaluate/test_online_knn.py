@@ -27,6 +27,7 @@ from torch._dynamo.utils import counters
 from torchvision import transforms
 
 from dino_fast.distributed import Ranks
+from dino_fast.evaluate.features import Extraction
 from dino_fast.evaluate.knn import evaluate_knn
 from dino_fast.evaluate.online_knn import KnnRecipe, OnlineKnn, divide_evenly, select_evenly, take_share
 from dino_fast.run.metrics import METRICS
@@ -112,9 +113,10 @@ def test_the_score_is_that_of_the_reference(shards: tuple[Path, Path], changes: 
         assert 20 < score < 90  # neither everything nor nothing, so that a mistake would show
 
 
-def test_over_all_images_it_is_the_score_of_the_command(shards: tuple[Path, Path]) -> None:
+def test_over_all_images_it_is_the_score_of_the_command(shards: tuple[Path, Path], tmp_path: Path) -> None:
+    how = Extraction("resnet18", CenterCrop(50, 40), ALONE, tmp_path)
     with ShardIndex(shards[0]) as train, ShardIndex(shards[1]) as val:
-        expected = evaluate_knn(_backbone(), train, val, CenterCrop(50, 40), CPU)[20].top1
+        expected = evaluate_knn(_backbone(), train, val, how)[20].top1
     recipe = _recipe(shards, k=20, crop=40, resize=50)
     assert OnlineKnn(recipe, CROP, ALONE).score(_backbone()) == pytest.approx(expected)
 

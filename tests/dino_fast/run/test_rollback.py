@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dino_fast.evaluate.features import load_backbone
+from dino_fast.evaluate.trained_backbone import load_backbone
 from dino_fast.step.train_step import TrainStep
 from dino_fast.step.update import LossScale
 from pipelines.batch import Batch
