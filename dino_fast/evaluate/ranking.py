@@ -1,0 +1,110 @@
+"""Scores of rankings: average precision, and the precision among the first k, as the retrieval benchmarks define them.
+
+A database image may be ignored for a query. It is then removed from the query's ranking before anything is counted,
+so that it moves no other image. The figures are those of `compute_map` in filipradenovic/revisitop, and of the Holidays
+evaluation package for copies.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch.nn.functional as F
+from torch import Tensor
+
+Ids = npt.NDArray[np.int64]
+
+_MAX_SIMILARITIES = 2**26  # held at once: 256 MB in float32
+
+
+@dataclass(frozen=True)
+class RankingScore:
+    """The scores of all queries under one choice of positives."""
+
+    mean_ap: float
+    """mean of the queries' average precisions, 0 to 1; NaN where no query has a positive"""
+    precision: dict[int, float]
+    """mean precision among the first k images, by k"""
+    average_precisions: tuple[float | None, ...]
+    """one for each query; None for a query without positives, which counts nowhere"""
+
+    @property
+    def queries(self) -> int:
+        """How many queries have positives."""
+        return sum(value is not None for value in self.average_precisions)
+
+
+def compute_average_precision(ranks: Sequence[int], positives: int) -> float:
+    """Return the average precision of one query, 0 to 1.
+
+    ranks: places of the positives that were found, from 0, rising. positives: how many there are, found or not. Every
+    hit adds the mean of the precisions just before it and at it: the area under the curve of precision and recall by
+    trapezoids. (scikit-learn takes the precision at the hit alone.)
+    """
+    area = 0.0
+    for found, rank in enumerate(ranks):
+        before = found / rank if rank else 1.0
+        area += (before + (found + 1) / (rank + 1)) / 2
+    return area / positives
+
+
+def find_ranks(order: Ids, positives: Ids, ignored: Ids) -> Ids:
+    """Return the places of the positives in a ranking without the ignored images: [positives], from 0, rising.
+
+    order: database ids [N], the most similar first. An id that is both positive and ignored is ignored.
+    """
+    kept = order[~np.isin(order, ignored)]
+    return np.flatnonzero(np.isin(kept, positives))
+
+
+def compute_precision(ranks: Ids, k: int) -> float:
+    """Return the share of positives among the first k images. `ranks`: their places, from 0, rising, at least one.
+
+    k is lowered to the place of the last positive, so that a query with few positives can reach 1.
+    """
+    k = min(k, int(ranks[-1]) + 1)
+    return float((ranks < k).sum() / k)
+
+
+def score_rankings(
+    orders: Sequence[Ids], positives: Sequence[Ids], ignored: Sequence[Ids], ks: Sequence[int]
+) -> RankingScore:
+    """Score the ranking of each query, which holds every database image.
+
+    orders, positives, ignored: database ids, one array for each query.
+    """
+    found = [find_ranks(*ids) for ids in zip(orders, positives, ignored, strict=True)]
+    each = [compute_average_precision(ranks.tolist(), len(ranks)) if len(ranks) else None for ranks in found]
+    precision = {k: _mean([compute_precision(ranks, k) for ranks in found if len(ranks)]) for k in ks}
+    return RankingScore(_mean([value for value in each if value is not None]), precision, tuple(each))
+
+
+def rank_images(queries: Tensor, database: Tensor) -> list[Ids]:
+    """Return the database ids in the order of their cosine with each query: one array [N] for each of Q queries.
+
+    queries: [Q, D]; database: [N, D], of the same type and device. Among equals the lower id comes first.
+    """
+    return [
+        order
+        for block in compute_similarities(queries, database)
+        for order in block.argsort(dim=1, descending=True, stable=True).cpu().numpy()
+    ]
+
+
+def find_nearest(queries: Tensor, database: Tensor, count: int) -> tuple[Ids, npt.NDArray[np.floating]]:
+    """Return the ids and the cosines of the nearest `count` images of each query, [Q, min(count, N)] each."""
+    found = [block.topk(min(count, len(database)), dim=1) for block in compute_similarities(queries, database)]
+    ids, cosines = [part.indices.cpu().numpy() for part in found], [part.values.cpu().numpy() for part in found]
+    return np.concatenate(ids), np.concatenate(cosines)
+
+
+def compute_similarities(queries: Tensor, database: Tensor) -> Iterator[Tensor]:
+    """Yield the cosines [q, N] of some queries at a time with the whole database."""
+    database = F.normalize(database, dim=1)
+    for some in F.normalize(queries, dim=1).split(max(1, _MAX_SIMILARITIES // len(database))):
+        yield some @ database.T
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else float("nan")
