@@ -6,16 +6,17 @@ jpegqual/3 to jpegqual/75, and crops/10 to crops/80 in Copydays itself. The numb
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
-from dino_fast.evaluate.images import list_image_files
-from dino_fast.evaluate.ranking import compute_average_precision, find_nearest
+from dino_fast.evaluate.images import list_image_files, spread_evenly
+from dino_fast.evaluate.nearest import find_nearest
+from dino_fast.evaluate.ranking import compute_average_precision
 from shards.errors import UserError
 
 ORIGINAL, STRONG, DISTRACTORS = "original", "strong", "distractors"
@@ -82,6 +83,19 @@ def match_copies(block: str, files: Sequence[str], originals: Sequence[str]) -> 
     return {file: numbers[key] for file, key in keys.items() if key in numbers}
 
 
+def limit_copies(copies: CopySet, limit: int | None) -> CopySet:
+    """Keep at most `limit` originals, at even distances, and their copies."""
+    if limit is None:
+        return copies
+    kept = {number: place for place, number in enumerate(spread_evenly(len(copies.originals), limit))}
+    blocks = {}
+    for name, block in copies.blocks.items():
+        pairs = [(file, kept[n]) for file, n in zip(block.files, block.originals, strict=True) if n in kept]
+        if pairs:
+            blocks[name] = CopyBlock([file for file, _ in pairs], [place for _, place in pairs])
+    return replace(copies, originals=[copies.originals[number] for number in kept], blocks=blocks)
+
+
 def _order_blocks(name: str) -> tuple[bool, bool, list[tuple[str, int]]]:
     """Return what blocks are sorted by: original and strong first, then the names with numbers as numbers."""
     parts = [(text, int(digits or 0)) for text, digits in re.findall(r"(\D*)(\d*)", name)]
@@ -106,20 +120,10 @@ def score_copies(queries: Tensor, database: Tensor, positives: Sequence[Sequence
     positives: numbers of each copy's originals in the database, at least one. top: how many of the nearest images are
     looked at. An original that is not among them counts as not found.
     """
-    nearest, _ = find_nearest(queries, database, top)
-    ranks = [np.flatnonzero(np.isin(ids, wanted)) for ids, wanted in zip(nearest, positives, strict=True)]
+    _, nearest = find_nearest(queries, database, top)
+    ranks = [np.flatnonzero(np.isin(ids, wanted)) for ids, wanted in zip(nearest.cpu(), positives, strict=True)]
     each = [
         compute_average_precision(found.tolist(), len(wanted)) for found, wanted in zip(ranks, positives, strict=True)
     ]
     first = [len(found) > 0 and found[0] == 0 for found in ranks]
     return CopyScore(len(each), float(np.mean(each)), float(np.mean(first)))
-
-
-def score_blocks(
-    blocks: Mapping[str, CopyBlock], queries: Mapping[str, Tensor], database: Tensor
-) -> dict[str, CopyScore]:
-    """Score each block's queries [Q, D], of which each has one original."""
-    return {
-        name: score_copies(queries[name], database, [[number] for number in block.originals])
-        for name, block in blocks.items()
-    }

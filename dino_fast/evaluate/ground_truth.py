@@ -8,12 +8,13 @@ import csv
 import io
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dino_fast.evaluate.images import spread_evenly
 from dino_fast.evaluate.plain_pickle import NotPlainError, PickledArray, read_plain_pickle
 from dino_fast.evaluate.ranking import Ids
 from shards.errors import UserError
@@ -75,6 +76,25 @@ class GroundTruth:
     def find_queries_without_positives(self) -> list[str]:
         """Return the names of the queries that count nowhere."""
         return [query.name for query in self.queries if not len(query.easy) + len(query.hard)]
+
+
+def limit_ground_truth(truth: GroundTruth, limit: int | None) -> GroundTruth:
+    """Keep at most `limit` queries, the images that belong to them, and at most `limit` of the other images.
+
+    Both are chosen at even distances.
+    """
+    if limit is None:
+        return truth
+    queries = [truth.queries[number] for number in spread_evenly(len(truth.queries), limit)]
+    theirs = np.unique(np.concatenate([ids for query in queries for ids in (query.easy, query.hard, query.junk)]))
+    others = np.setdiff1d(np.arange(len(truth.images)), theirs)
+    kept = np.sort(np.concatenate([theirs, others[spread_evenly(len(others), limit)]]))
+
+    def renumber(query: Query) -> Query:
+        easy, hard, junk = (np.searchsorted(kept, ids) for ids in (query.easy, query.hard, query.junk))
+        return replace(query, easy=easy, hard=hard, junk=junk)
+
+    return GroundTruth(tuple(truth.images[number] for number in kept), tuple(map(renumber, queries)), truth.levels)
 
 
 def _join(some: Sequence[Ids], others: Sequence[Ids]) -> list[Ids]:

@@ -10,6 +10,8 @@ from PIL import Image
 from pipelines.decode_torch import decode
 from pipelines.decoder import DecodeError
 from shards.errors import UserError
+from shards.images.decode import read_info
+from shards.images.image_info import UndecodableError
 from shards.index import BadSample, ShardIndex
 from shards.layout import MANIFEST_FILE
 from shards.sources.file_types import is_image
@@ -31,6 +33,9 @@ class Images(Protocol):
     def read(self, number: int) -> Image.Image:
         """Return an image as 8-bit RGB, without EXIF rotation. Raises UnreadableImage. Is called by several threads."""
 
+    def read_file(self, number: int) -> tuple[bytes, str]:
+        """Return an image's file as it is, and its extension. Raises UnreadableImage."""
+
 
 class ImageFiles:
     """Image files below a folder."""
@@ -44,6 +49,11 @@ class ImageFiles:
         """Return an image as 8-bit RGB, without EXIF rotation. Raises UnreadableImage."""
         return read_image_file(self.folder / self.names[number])
 
+    def read_file(self, number: int) -> tuple[bytes, str]:
+        """Return an image's file as it is, and its extension. Raises UnreadableImage."""
+        path = self.folder / self.names[number]
+        return _read_bytes(path), path.suffix.lower()
+
 
 class ShardImages:
     """The samples of shards."""
@@ -55,12 +65,17 @@ class ShardImages:
     def read(self, number: int) -> Image.Image:
         """Return an image as 8-bit RGB. Raises UnreadableImage, and UserError where the storage does not answer."""
         try:
-            (data,) = self._index.read([number])
-            return decode_image(data)
-        except BadSample as error:
-            raise UnreadableImage(str(error)) from error
+            return decode_image(self.read_file(number)[0])
         except DecodeError as error:
             raise UnreadableImage(str(self._index.make_bad_sample(number, str(error)))) from error
+
+    def read_file(self, number: int) -> tuple[bytes, str]:
+        """Return an image's bytes, and the extension of its format. Raises what `read` does."""
+        try:
+            (data,) = self._index.read([number])
+            return data, f".{read_info(data).extension}"
+        except (BadSample, UndecodableError) as error:
+            raise UnreadableImage(str(error)) from error
 
 
 class _SampleNames(Sequence[str]):
@@ -109,13 +124,24 @@ def list_image_files(folder: Path) -> tuple[str, ...]:
 def read_image_file(path: Path) -> Image.Image:
     """Return an image file as 8-bit RGB, without EXIF rotation. Raises UnreadableImage."""
     try:
-        return decode_image(path.read_bytes())
-    except OSError as error:
-        raise UnreadableImage(escape_unprintable(f"{path}: {error.strerror}")) from error
+        return decode_image(_read_bytes(path))
     except DecodeError as error:
         raise UnreadableImage(escape_unprintable(f"{path}: {error}")) from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnreadableImage(escape_unprintable(f"{path}: {error.strerror}")) from error
 
 
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image to 8-bit RGB, without EXIF rotation. Raises DecodeError."""
     return Image.fromarray(decode(data).permute(1, 2, 0).numpy())
+
+
+def spread_evenly(count: int, limit: int | None) -> list[int]:
+    """Return at most `limit` numbers of range(count), at even distances; all of them where the limit is None."""
+    kept = min(count, limit or count)
+    return [place * count // kept for place in range(kept)]

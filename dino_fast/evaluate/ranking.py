@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
-Ids = npt.NDArray[np.int64]
+from dino_fast.evaluate.nearest import MAX_SIMILARITIES
 
-_MAX_SIMILARITIES = 2**26  # held at once: 256 MB in float32
+Ids = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -92,17 +92,10 @@ def rank_images(queries: Tensor, database: Tensor) -> list[Ids]:
     ]
 
 
-def find_nearest(queries: Tensor, database: Tensor, count: int) -> tuple[Ids, npt.NDArray[np.floating]]:
-    """Return the ids and the cosines of the nearest `count` images of each query, [Q, min(count, N)] each."""
-    found = [block.topk(min(count, len(database)), dim=1) for block in compute_similarities(queries, database)]
-    ids, cosines = [part.indices.cpu().numpy() for part in found], [part.values.cpu().numpy() for part in found]
-    return np.concatenate(ids), np.concatenate(cosines)
-
-
 def compute_similarities(queries: Tensor, database: Tensor) -> Iterator[Tensor]:
     """Yield the cosines [q, N] of some queries at a time with the whole database."""
     database = F.normalize(database, dim=1)
-    for some in F.normalize(queries, dim=1).split(max(1, _MAX_SIMILARITIES // len(database))):
+    for some in F.normalize(queries, dim=1).split(max(1, MAX_SIMILARITIES // len(database))):
         yield some @ database.T
 
 

@@ -18,7 +18,6 @@ from dino_fast.evaluate.ranking import (
     compute_average_precision,
     compute_precision,
     compute_similarities,
-    find_nearest,
     find_ranks,
     rank_images,
     score_rankings,
@@ -122,13 +121,9 @@ def test_queries_without_positives_count_nowhere():
 
 
 def test_equal_images_are_ranked_by_number(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dino_fast.evaluate.ranking._MAX_SIMILARITIES", 1)  # one query at a time
+    monkeypatch.setattr("dino_fast.evaluate.ranking.MAX_SIMILARITIES", 1)  # one query at a time
     database = torch.ones(9, 4)
     assert [order.tolist() for order in rank_images(torch.ones(2, 4), database)] == [list(range(9))] * 2
-    ids, cosines = find_nearest(torch.eye(4), torch.eye(4)[:3] * 7, 5)
-    assert ids.shape == cosines.shape == (4, 3)
-    assert ids[:3, 0].tolist() == [0, 1, 2]
-    assert cosines[:3, 0].tolist() == [1, 1, 1]
 
 
 # Copydays
