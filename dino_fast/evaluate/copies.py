@@ -151,8 +151,8 @@ def _make_attacks(options: argparse.Namespace) -> int:
 _DESCRIPTION = (
     "Score a trained backbone by copy detection: for each changed copy of an image, the originals and the distractors "
     "are ranked by the cosine of their descriptors with the copy's. Scores are the mean average precision (mAP) among "
-    f"the nearest {TOP} images, and the share of the copies whose nearest image is their original. --make-attacks "
-    "makes copies of your own images, so that you see which changes your backbone sees through."
+    f"the nearest {TOP} images, and the share of the copies whose nearest image is their original. The "
+    "command also makes copies of your own images, so that you learn which changes your backbone sees through."
 )
 _EPILOG = (
     "--images is a folder in the layout of Copydays: original/, and a folder for each kind of copy (strong, "
@@ -184,11 +184,11 @@ def build_parser() -> DescriptorParser:
     )  # fmt: skip
     parser.add_argument(
         "--seed", type=parse_whole_number(0), default=0, metavar="N",
-        help="seed of --make-attacks: another one makes other copies (default: %(default)s)",
+        help="seed of the copies that are made: another one makes other copies (default: %(default)s)",
     )  # fmt: skip
     parser.add_descriptor_flags(
-        "a quick look: at most N originals with their copies, N distractors and N images of --whiten; with "
-        "--make-attacks, at most N images of SRC",
+        "a quick look: at most N originals with their copies, N distractors and N images of --whiten; where copies "
+        "are made, those of at most N images of SRC",
         "power of the generalized mean of the patch tokens, which is joined with the [CLS] token; of a convolutional "
         "network the generalized mean of its last map is taken alone (default: %(default)s, as published)",
         POWER,
