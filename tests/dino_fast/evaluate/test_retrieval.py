@@ -2,8 +2,11 @@
 
 import csv
 import json
+import os
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,3 +143,19 @@ def test_what_is_wrong_is_named_in_one_line(views: Path, score, capsys, tmp_path
             score(*arguments)
         assert ended.value.code == 2
         assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow  # two processes of torch
+def test_two_ranks_give_the_scores_of_one(views: Path, small_network: tuple[str, ...], tmp_path: Path, score):
+    truth = ["--ground-truth", str(views / "gnd.pkl"), "--whiten", str(views / "jpg")]
+    status, one = score(*truth)
+    assert status == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    call = ["retrieval", *small_network, "--size", "64", "--json", str(tmp_path / "two.json"), *truth]
+    ranks = subprocess.run(
+        [*torchrun, "-m", "dino_fast", *call],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert ranks.returncode == 0, ranks.stderr
+    assert json.loads((tmp_path / "two.json").read_text()) == one
+    assert ranks.stdout.count("4 queries, 12 images") == 1
