@@ -6,6 +6,7 @@ makes copies of any images, too, which it then can score.
 
 import argparse
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,12 @@ from dino_fast.evaluate.describer import Describer
 from dino_fast.evaluate.descriptor_flags import (
     DescriptorParser,
     build_describer,
+    describe_others,
     learn_whitening_on,
     print_unreadable,
 )
 from dino_fast.evaluate.descriptors import squash
-from dino_fast.evaluate.images import open_images, read_image_file, spread_evenly
+from dino_fast.evaluate.images import open_if_named, read_image_file
 from dino_fast.evaluate.whitening import Whitening
 from shards.argument_types import parse_path
 from shards.text import format_count, list_first
@@ -69,23 +71,6 @@ def evaluate_copies(
     return scores
 
 
-def describe_distractors(folder: str | None, size: int, describer: Describer, limit: int | None) -> Tensor | None:
-    """Compute the descriptors of a folder of images or shards. Return None without one.
-
-    Images that cannot be read are skipped, and named in a line.
-    """
-    if folder is None:
-        return None
-    images = open_images(folder, "--distractors")
-    numbers = spread_evenly(len(images.names), limit)
-    found = describer.describe(
-        lambda n: squash(images.read(numbers[n]), size), len(numbers), folder, skip_unreadable=True
-    )
-    if describer.ranks.first:
-        print_unreadable(folder, found.unreadable)
-    return found.descriptors
-
-
 # The command
 
 
@@ -98,21 +83,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.images is None:
         parser.error("missing flags: --images")
     copies = limit_copies(find_copies(options.images), options.limit)
-    folder = options.distractors
-    if folder is None and copies.has_distractors:
-        folder = str(options.images / DISTRACTORS)
+    own = str(options.images / DISTRACTORS) if copies.has_distractors else None
+    others = open_if_named(options.distractors or own, "--distractors")
+    to_whiten = open_if_named(options.whiten, "--whiten")
     with join_ranks(options.device) as ranks:
         describer, evaluation = build_describer(options, (1.0,), ranks)
-        whitening = learn_whitening_on(
-            options.whiten, lambda image: squash(image, options.size), describer, options.limit
-        )
-        distractors = describe_distractors(folder, options.size, describer, options.limit)
+        prepare = partial(squash, size=options.size)
+        whitening = learn_whitening_on(to_whiten, prepare, describer, options.limit)
+        distractors = describe_others(others, prepare, describer, options.limit) if others else None
         scores = evaluate_copies(copies, options.size, describer, distractors, whitening)
     if ranks.first:
         counts = {"originals": len(copies.originals), "distractors": 0 if distractors is None else len(distractors)}
         print(f"{name_network(evaluation)}: {counts['originals']} originals, {counts['distractors']} distractors")
         print(f"squashed to {options.size} x {options.size}, {describer.network}")
-        _print_scores(scores, copies.without_original)
+        _print_scores(scores)
+        _print_notes(scores, copies.without_original)
         write_json(options.json, {**evaluation, **counts, "copies": describe_scores(scores)})
     return 0
 
@@ -125,15 +110,25 @@ def describe_scores(scores: dict[str, CopyScore]) -> dict[str, Any]:
     }
 
 
-def _print_scores(scores: dict[str, CopyScore], without_original: Sequence[str]) -> None:
+def _print_scores(scores: dict[str, CopyScore]) -> None:
     width = max(map(len, scores))
     for name, score in scores.items():
         first = f"found first {100 * score.first:6.2f} %"
         print(f"{name:{width}s}: mAP {100 * score.mean_ap:6.2f} %   {first}   {format_count(score.images, 'image')}")
+
+
+def _print_notes(scores: dict[str, CopyScore], without_original: Sequence[str]) -> None:
+    """Print what the scores leave out, and why they may be too low."""
     if without_original:
         print(
             f"{format_count(len(without_original), 'image')} left out, because no original has a fitting name: "
             f"{list_first(without_original)}"
+        )
+    if (score := scores[ORIGINAL]).first < 1:
+        lost = round((1 - score.first) * score.images)
+        print(
+            f"{format_count(lost, 'original')} did not even find themselves: they are among the distractors, too, or "
+            "have the descriptors of others. The scores are too low."
         )
 
 

@@ -5,16 +5,19 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from PIL import Image
+from torch import Tensor
 
 from dino_fast.distributed import Ranks
 from dino_fast.evaluate.arguments import BackboneParser, load_network_from, parse_positive_number, parse_whole_number
 from dino_fast.evaluate.describer import Describer
 from dino_fast.evaluate.descriptors import Descriptor
-from dino_fast.evaluate.images import open_images, spread_evenly
+from dino_fast.evaluate.images import Images, spread_evenly
 from dino_fast.evaluate.whitening import Whitening, learn_whitening
 from dino_fast.model.trial import check_size
 from shards.argument_types import parse_path
 from shards.text import format_count
+
+Prepare = Callable[[Image.Image], Image.Image]
 
 
 class DescriptorParser(BackboneParser):
@@ -54,23 +57,31 @@ def build_describer(
 
 
 def learn_whitening_on(
-    folder: str | None, prepare: Callable[[Image.Image], Image.Image], describer: Describer, limit: int | None
+    images: Images | None, prepare: Prepare, describer: Describer, limit: int | None
 ) -> Whitening | None:
-    """Learn the whitening on a folder of images or shards, at most `limit` of them. Return None without a folder.
+    """Learn the whitening on at most `limit` images. Return None without images."""
+    if images is None:
+        return None
+    descriptors = describe_others(images, prepare, describer, limit)
+    count, width = descriptors.shape
+    if describer.ranks.first:
+        few = "" if count > width else f", fewer than the {width} values of a descriptor: this is a rough one"
+        print(f"whitening learnt on {format_count(count, 'image')} of {images.where}{few}")
+    return learn_whitening(descriptors)
+
+
+def describe_others(images: Images, prepare: Prepare, describer: Describer, limit: int | None) -> Tensor:
+    """Compute the descriptors [N, D] of at most `limit` images that no score depends on one by one.
 
     Images that cannot be read are skipped, and named in a line.
     """
-    if folder is None:
-        return None
-    images = open_images(folder, "--whiten")
     numbers = spread_evenly(len(images.names), limit)
-    found = describer.describe(lambda n: prepare(images.read(numbers[n])), len(numbers), folder, skip_unreadable=True)
+    found = describer.describe(
+        lambda n: prepare(images.read(numbers[n])), len(numbers), images.where, skip_unreadable=True
+    )
     if describer.ranks.first:
-        print_unreadable(folder, found.unreadable)
-        count, width = found.descriptors.shape
-        few = "" if count > width else f", fewer than the {width} values of a descriptor: this is a rough one"
-        print(f"whitening learnt on {format_count(count, 'image')} of {folder}{few}")
-    return learn_whitening(found.descriptors)
+        print_unreadable(images.where, found.unreadable)
+    return found.descriptors
 
 
 def print_unreadable(folder: str, lines: Sequence[str]) -> None:

@@ -10,13 +10,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dino_fast.evaluate.images import spread_evenly
 from dino_fast.evaluate.plain_pickle import NotPlainError, PickledArray, read_plain_pickle
-from dino_fast.evaluate.ranking import Ids
+from dino_fast.evaluate.ranking import Choice, Ids
 from shards.errors import UserError
 from shards.text import escape_unprintable
 
@@ -25,15 +25,6 @@ Box = tuple[float, float, float, float]
 _MAX_BYTES = 2**28
 _SEPARATOR = ";"  # between the names in a cell of a CSV file
 _CSV_COLUMNS = ("query", "positives", "ignored")
-
-
-class Choice(NamedTuple):
-    """A choice of the images that count as positives for each query. All other ones are negatives."""
-
-    positives: list[Ids]
-    """database ids, an array for each query"""
-    ignored: list[Ids]
-    """database ids that are removed from the ranking, an array for each query"""
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,12 @@ class Images(Protocol):
     """Images that are numbered from 0."""
 
     @property
+    def where(self) -> str:
+        """Return the folder or URL that they are in."""
+
+    @property
     def names(self) -> Sequence[str]:
-        """The name of each."""
+        """Return the name of each."""
 
     def read(self, number: int) -> Image.Image:
         """Return an image as 8-bit RGB, without EXIF rotation. Raises UnreadableImage. Is called by several threads."""
@@ -41,7 +45,7 @@ class ImageFiles:
     """Image files below a folder."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        self.folder = folder
+        self.folder, self.where = folder, str(folder)
         self.names = names
         """paths relative to the folder"""
 
@@ -60,6 +64,7 @@ class ShardImages:
 
     def __init__(self, index: ShardIndex) -> None:
         self._index = index
+        self.where = str(index.folder)
         self.names = _SampleNames(index)
 
     def read(self, number: int) -> Image.Image:
@@ -103,6 +108,11 @@ def open_images(folder: str, flag: str) -> Images:
     if not names:
         raise UserError(f"{flag} {folder}: there are no images in it. Pass a folder of images or of shards.")
     return ImageFiles(path, names)
+
+
+def open_if_named(folder: str | None, flag: str) -> Images | None:
+    """Open the images of a flag that may be left out."""
+    return None if folder is None else open_images(folder, flag)
 
 
 def _open_shards(folder: str, flag: str) -> ShardIndex:

@@ -5,8 +5,9 @@ so that it moves no other image. The figures are those of `compute_map` in filip
 evaluation package for copies.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,15 @@ from torch import Tensor
 from dino_fast.evaluate.nearest import MAX_SIMILARITIES
 
 Ids = npt.NDArray[np.int64]
+
+
+class Choice(NamedTuple):
+    """A choice of the images that count as positives for each query. All other ones are negatives."""
+
+    positives: Sequence[Ids]
+    """database ids, an array for each query"""
+    ignored: Sequence[Ids]
+    """database ids that are removed from the ranking, an array for each query"""
 
 
 @dataclass(frozen=True)
@@ -50,12 +60,15 @@ def compute_average_precision(ranks: Sequence[int], positives: int) -> float:
 
 
 def find_ranks(order: Ids, positives: Ids, ignored: Ids) -> Ids:
-    """Return the places of the positives in a ranking without the ignored images: [positives], from 0, rising.
+    """Return the places of the positives in a ranking without the ignored images: from 0, rising.
 
-    order: database ids [N], the most similar first. An id that is both positive and ignored is ignored.
+    order: every database id [N], the most similar first. An id that is both positive and ignored is ignored.
     """
-    kept = order[~np.isin(order, ignored)]
-    return np.flatnonzero(np.isin(kept, positives))
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    removed = np.sort(places[np.unique(ignored)])
+    found = np.sort(places[np.setdiff1d(positives, ignored)])
+    return found - np.searchsorted(removed, found)
 
 
 def compute_precision(ranks: Ids, k: int) -> float:
@@ -67,29 +80,32 @@ def compute_precision(ranks: Ids, k: int) -> float:
     return float((ranks < k).sum() / k)
 
 
-def score_rankings(
-    orders: Sequence[Ids], positives: Sequence[Ids], ignored: Sequence[Ids], ks: Sequence[int]
-) -> RankingScore:
-    """Score the ranking of each query, which holds every database image.
+def score_rankings(orders: Iterable[Ids], choices: Mapping[str, Choice], ks: Sequence[int]) -> dict[str, RankingScore]:
+    """Score the rankings of all queries by each choice of positives.
 
-    orders, positives, ignored: database ids, one array for each query.
+    orders: for each query every database id, the most similar first. They may be made one by one.
     """
-    found = [find_ranks(*ids) for ids in zip(orders, positives, ignored, strict=True)]
-    each = [compute_average_precision(ranks.tolist(), len(ranks)) if len(ranks) else None for ranks in found]
-    precision = {k: _mean([compute_precision(ranks, k) for ranks in found if len(ranks)]) for k in ks}
+    ranks: dict[str, list[Ids]] = {name: [] for name in choices}
+    for query, order in enumerate(orders):
+        for name, choice in choices.items():
+            ranks[name].append(find_ranks(order, choice.positives[query], choice.ignored[query]))
+    return {name: score_ranks(found, ks) for name, found in ranks.items()}
+
+
+def score_ranks(ranks: Sequence[Ids], ks: Sequence[int]) -> RankingScore:
+    """Score the places of each query's positives, which `find_ranks` returned."""
+    each = [compute_average_precision(found.tolist(), len(found)) if len(found) else None for found in ranks]
+    precision = {k: _mean([compute_precision(found, k) for found in ranks if len(found)]) for k in ks}
     return RankingScore(_mean([value for value in each if value is not None]), precision, tuple(each))
 
 
-def rank_images(queries: Tensor, database: Tensor) -> list[Ids]:
-    """Return the database ids in the order of their cosine with each query: one array [N] for each of Q queries.
+def rank_images(queries: Tensor, database: Tensor) -> Iterator[Ids]:
+    """Yield, for each query [Q, D], the database ids [N] in the order of their cosine with it, the nearest first.
 
-    queries: [Q, D]; database: [N, D], of the same type and device. Among equals the lower id comes first.
+    database: [N, D], of the same type and device. Among equals the lower id comes first.
     """
-    return [
-        order
-        for block in compute_similarities(queries, database)
-        for order in block.argsort(dim=1, descending=True, stable=True).cpu().numpy()
-    ]
+    for block in compute_similarities(queries, database):
+        yield from block.argsort(dim=1, descending=True, stable=True).cpu().numpy()
 
 
 def compute_similarities(queries: Tensor, database: Tensor) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ facebookresearch/dino. `dino-fast retrieval` is at the end.
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from dino_fast.evaluate.describer import Describer
 from dino_fast.evaluate.descriptor_flags import DescriptorParser, build_describer, learn_whitening_on
 from dino_fast.evaluate.descriptors import SCALES, shrink
 from dino_fast.evaluate.ground_truth import GroundTruth, limit_ground_truth, read_ground_truth
-from dino_fast.evaluate.images import list_image_files, read_image_file
+from dino_fast.evaluate.images import list_image_files, open_if_named, read_image_file
 from dino_fast.evaluate.ranking import RankingScore, rank_images, score_rankings
 from dino_fast.evaluate.whitening import Whitening
 from shards.errors import UserError
@@ -42,35 +43,51 @@ class RetrievalProtocol:
     """precision is counted among the first k images"""
 
 
+@dataclass(frozen=True)
+class RetrievalFiles:
+    """The image files of a retrieval set."""
+
+    images: list[Path]
+    """those of the database"""
+    queries: list[Path]
+    """those of the queries"""
+
+
 def evaluate_retrieval(
     truth: GroundTruth,
-    folder: Path,
+    files: RetrievalFiles,
     protocol: RetrievalProtocol,
     describer: Describer,
     whitening: Whitening | None = None,
 ) -> dict[str, RankingScore]:
     """Score a retrieval set by each choice of positives: easy, medium and hard, or all.
 
-    folder: where the images are. Raises UserError for an image that is missing or cannot be read, and for a set in
-    which no query has a positive.
+    Raises UserError for an image that cannot be read.
     """
-    missing = truth.find_queries_without_positives()
-    if len(missing) == len(truth.queries):
-        raise UserError("--ground-truth: no query has a positive. Name the images that belong to each query.")
-    files, query_files = find_files(folder, truth.images), find_files(folder, [query.name for query in truth.queries])
     boxes = [query.box if protocol.crop_queries else None for query in truth.queries]
     database = describer.describe(
-        lambda n: shrink(read_image_file(files[n]), protocol.size), len(files), "the database"
+        lambda n: shrink(read_image_file(files.images[n]), protocol.size), len(files.images), "the database"
     ).descriptors
     queries = describer.describe(
-        lambda n: shrink(read_image_file(query_files[n]), protocol.size, boxes[n]), len(query_files), "the queries"
+        lambda n: shrink(read_image_file(files.queries[n]), protocol.size, boxes[n]), len(boxes), "the queries"
     ).descriptors
     if whitening:
         database, queries = whitening.apply(database), whitening.apply(queries)
     device = describer.ranks.device
     with torch.inference_mode():
         orders = rank_images(queries.to(device), database.to(device))
-    return {name: score_rankings(orders, *choice, protocol.ks) for name, choice in truth.list_choices().items()}
+        return score_rankings(orders, truth.list_choices(), protocol.ks)
+
+
+def find_retrieval_files(truth: GroundTruth, folder: Path) -> RetrievalFiles:
+    """Find the images of a retrieval set in a folder.
+
+    Raises UserError for images that are missing, and for a set in which no query has a positive.
+    """
+    if len(truth.find_queries_without_positives()) == len(truth.queries):
+        raise UserError("--ground-truth: no query has a positive. Name the images that belong to each query.")
+    queries = [query.name for query in truth.queries]
+    return RetrievalFiles(find_files(folder, truth.images), find_files(folder, queries))
 
 
 def find_files(folder: Path, names: Sequence[str]) -> list[Path]:
@@ -86,7 +103,7 @@ def find_files(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def _find_file(path: Path) -> Path | None:
-    candidates = (path.with_name(path.name + extension) for extension in _EXTENSIONS)
+    candidates = (Path(f"{path}{extension}") for extension in _EXTENSIONS)
     return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
@@ -102,12 +119,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     truth = limit_ground_truth(truth, options.limit)
     cropped = of_csv if options.crop_queries is None else options.crop_queries
     protocol = RetrievalProtocol(options.size, cropped and any(query.box for query in truth.queries), options.ks)
+    files, to_whiten = find_retrieval_files(truth, folder), open_if_named(options.whiten, "--whiten")
     with join_ranks(options.device) as ranks:
         describer, evaluation = build_describer(options, SCALES if options.multi_scale else (1.0,), ranks)
-        whitening = learn_whitening_on(
-            options.whiten, lambda image: shrink(image, protocol.size), describer, options.limit
-        )
-        scores = evaluate_retrieval(truth, folder, protocol, describer, whitening)
+        prepare = partial(shrink, size=options.size)
+        whitening = learn_whitening_on(to_whiten, prepare, describer, options.limit)
+        scores = evaluate_retrieval(truth, files, protocol, describer, whitening)
     if ranks.first:
         _print_scores(scores, truth, protocol, name_network(evaluation), str(describer.network))
         write_json(options.json, {**evaluation, **describe_scores(scores, truth, protocol)})
@@ -155,7 +172,7 @@ def _print_scores(
         precisions = "   ".join(f"mP@{k} {100 * value:6.2f} %" for k, value in score.precision.items())
         print(f"{name:6s}: mAP {100 * score.mean_ap:6.2f} %   {precisions}   {score.queries} queries")
     if missing := truth.find_queries_without_positives():
-        print(f"{len(missing)} queries have no positives, and count nowhere: {list_first(missing)}")
+        print(f"queries without positives count nowhere: {len(missing)} ({list_first(missing)})")
     if above := [k for k in protocol.ks if k > len(truth.images)]:
         print(f"--ks {','.join(map(str, above))}: there are {images}, and a larger k means all of them.")
 

@@ -1,6 +1,7 @@
 """The layout of Copydays, and the command `dino-fast copies`."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -90,9 +91,13 @@ def test_the_command(copydays: Path, small_network: tuple[str, ...], tmp_path: P
     assert (result["gem"], result["whiten"], result["distractors"]) == (4, None, 5)
     more = ["--distractors", str(copydays / "strong"), "--whiten", str(copydays / "distractors"), "--limit", "4"]
     assert dino_fast([*call, *more]) == 0
-    assert "whitening learnt on 4 images" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "whitening learnt on 4 images" in printed
+    assert "did not even find themselves" not in printed
     result = json.loads(file.read_text())
     assert (result["originals"], result["distractors"], result["copies"]["strong"]["images"]) == (4, 4, 8)
+    assert dino_fast([*call, "--distractors", str(copydays / "original")]) == 0
+    assert re.search(r"[1-5] originals? did not even find themselves: they are among", capsys.readouterr().out)
 
 
 def test_what_is_wrong_is_named_in_one_line(copydays: Path, small_network: tuple[str, ...], capsys):

@@ -85,7 +85,7 @@ def test_queries_without_positives_are_left_out_and_named(views: Path, score, ca
     file.write_text(json.dumps(truth))
     status, result = score("--ground-truth", str(file), "--crop-queries")
     assert status == 0
-    assert "1 queries have no positives, and count nowhere: q_lime" in capsys.readouterr().out
+    assert "queries without positives count nowhere: 1 (q_lime)" in capsys.readouterr().out
     assert [result["retrieval"][level]["queries"] for level in ("easy", "medium", "hard")] == [3, 3, 2]
     assert result["average_precision"]["hard"][1:3] == [None, None]
     truth["gnd"] = [{"easy": [], "hard": [], "junk": []}] * 4
@@ -120,6 +120,8 @@ def test_an_own_set_whitened_by_gem(views: Path, score, capsys):
 def test_what_is_wrong_is_named_in_one_line(views: Path, score, capsys, tmp_path: Path):
     truth = ("--ground-truth", str(views / "gnd.pkl"))
     (views / "empty").mkdir()
+    odd = {"imlist": ["/"], "qimlist": ["\0"], "gnd": [{"easy": [0]}]}
+    (views / "odd.json").write_text(json.dumps(odd))
     broken = views / "jpg" / "blue_hard.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
     for arguments, line in (
@@ -128,6 +130,7 @@ def test_what_is_wrong_is_named_in_one_line(views: Path, score, capsys, tmp_path
         ((*truth, "--images", str(views / "no")), "there is no such folder"),
         ((*truth, "--images", str(views / "empty")), "12 of 12 images of --ground-truth are not in --images"),
         ((*truth, "--whiten", str(views / "empty")), "--whiten"),
+        (("--ground-truth", str(views / "odd.json"), "--images", str(views)), "1 of 1 image of --ground-truth are not"),
     ):
         assert score(*arguments)[0] == 1
         error = capsys.readouterr().err
