@@ -15,12 +15,15 @@ COMMANDS = {
     "doctor": "find what limits a run on this machine",
     "knn": "score a checkpoint by k-NN on labeled shards",
     "linear": "score a checkpoint by linear classification on labeled shards",
+    "retrieval": "score a checkpoint by image retrieval, as on revisited Oxford and Paris",
+    "copies": "score a checkpoint by copy detection, or make changed copies of images for it",
+    "neighbors": "find the nearest images of some queries, as a contact sheet or a table",
 }
 OPTIONS = ("--help", "--version", "--print-completion")
 USAGE = f"""usage: dino-fast COMMAND ...
 
 commands:
-{"".join(f"  {name:7s} {line}{chr(10)}" for name, line in COMMANDS.items())}
+{"".join(f"  {name:9s} {line}{chr(10)}" for name, line in COMMANDS.items())}
 options:
   --version                 print the version
   --print-completion SHELL  print the completion script of bash, zsh or tcsh; save and source it
@@ -50,6 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dino_fast.evaluate.knn import main as run
     elif command == "linear":
         from dino_fast.evaluate.linear import main as run
+    elif command == "retrieval":
+        from dino_fast.evaluate.retrieval import main as run
+    elif command == "copies":
+        from dino_fast.evaluate.copies import main as run
+    elif command == "neighbors":
+        from dino_fast.evaluate.neighbors import main as run
     else:
         return _answer(command, rest)
     try:

@@ -102,13 +102,13 @@ class BackboneParser(FlagParser):
 
     def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
         super().__init__(prog=f"dino-fast {command}", description=description, epilog=epilog)
-        weights = self.add_mutually_exclusive_group(required=True)
-        weights.add_argument(
+        self.weights = self.add_mutually_exclusive_group(required=True)
+        self.weights.add_argument(
             "--checkpoint", type=Path, metavar="FILE",
             help="a step-….pt file, or the output folder of a run, which means its newest checkpoint; or weights that "
             "other programs saved, as for --init_from of dino-fast train",
         )  # fmt: skip
-        weights.add_argument(
+        self.weights.add_argument(
             "--pretrained", action="store_true",
             help="in place of a checkpoint: the weights that timm downloads for --backbone timm/NAME, such as "
             "timm/vit_small_patch16_224.dino",

@@ -12,7 +12,7 @@ from dino_fast.run.training_run import TrainingRun
 from pipelines.batch import Batch
 from pipelines.photometric import IMAGENET, Normalization
 from shards.errors import UserError, suggest_fix
-from shards.inspect.show import write_png
+from shards.inspect.sheet_cells import write_png
 
 GAP = 8  # pixels around every crop
 BACKGROUND = 128  # 8-bit level

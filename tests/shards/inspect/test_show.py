@@ -16,7 +16,8 @@ from PIL import Image, ImageOps
 from pipelines.decode_torch import decode
 from shards.errors import UserError
 from shards.index import ShardIndex
-from shards.inspect.show import CAPTION, GAP, draw_contact_sheet, save_sheet
+from shards.inspect.sheet_cells import CAPTION, GAP
+from shards.inspect.show import draw_contact_sheet, save_sheet
 from shards.layout import BLOCK, RECORD, make_padding, make_tar_header
 from shards.manifest import Manifest, Shard
 
