@@ -15,9 +15,9 @@ from torch import Tensor
 
 from dino_fast.distributed import join_ranks
 from dino_fast.evaluate.arguments import name_network, parse_pixels, parse_whole_number, write_json
-from dino_fast.evaluate.attack_folder import ORIGIN, make_attacks
-from dino_fast.evaluate.attacks import ATTACKS
-from dino_fast.evaluate.copydays import (
+from dino_fast.evaluate.search.attack_folder import ORIGIN, make_attacks
+from dino_fast.evaluate.search.attacks import ATTACKS
+from dino_fast.evaluate.search.copydays import (
     DISTRACTORS,
     ORIGINAL,
     TOP,
@@ -27,17 +27,17 @@ from dino_fast.evaluate.copydays import (
     limit_copies,
     score_copies,
 )
-from dino_fast.evaluate.describer import Describer
-from dino_fast.evaluate.descriptor_flags import (
+from dino_fast.evaluate.search.describer import Describer
+from dino_fast.evaluate.search.descriptor_flags import (
     DescriptorParser,
     build_describer,
     describe_others,
     learn_whitening_on,
     print_unreadable,
 )
-from dino_fast.evaluate.descriptors import squash
-from dino_fast.evaluate.images import open_if_named, read_image_file
-from dino_fast.evaluate.whitening import Whitening
+from dino_fast.evaluate.search.descriptors import squash
+from dino_fast.evaluate.search.images import open_if_named, read_image_file
+from dino_fast.evaluate.search.whitening import Whitening
 from shards.argument_types import parse_path
 from shards.text import format_count, list_first
 

@@ -25,11 +25,18 @@ from dino_fast.evaluate.arguments import (
     parse_whole_number,
     write_json,
 )
-from dino_fast.evaluate.describer import Describer
-from dino_fast.evaluate.descriptor_flags import print_unreadable
-from dino_fast.evaluate.images import ImageFiles, Images, UnreadableImage, open_images, read_image_file, spread_evenly
 from dino_fast.evaluate.nearest import find_nearest
-from dino_fast.evaluate.neighbor_sheet import MOST_NEIGHBORS, MOST_ROWS, SheetCell, save_neighbor_sheet
+from dino_fast.evaluate.search.describer import Describer
+from dino_fast.evaluate.search.descriptor_flags import print_unreadable
+from dino_fast.evaluate.search.images import (
+    ImageFiles,
+    Images,
+    UnreadableImage,
+    open_images,
+    read_image_file,
+    spread_evenly,
+)
+from dino_fast.evaluate.search.neighbor_sheet import MOST_NEIGHBORS, MOST_ROWS, SheetCell, save_neighbor_sheet
 from dino_fast.model.trial import check_size
 from pipelines.labeled import choose_resize, resize_and_crop
 from shards.argument_types import parse_path, parse_png_path

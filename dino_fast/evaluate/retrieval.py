@@ -15,13 +15,13 @@ import torch
 
 from dino_fast.distributed import join_ranks
 from dino_fast.evaluate.arguments import name_network, parse_pixels, write_json
-from dino_fast.evaluate.describer import Describer
-from dino_fast.evaluate.descriptor_flags import DescriptorParser, build_describer, learn_whitening_on
-from dino_fast.evaluate.descriptors import SCALES, shrink
-from dino_fast.evaluate.ground_truth import GroundTruth, limit_ground_truth, read_ground_truth
-from dino_fast.evaluate.images import list_image_files, open_if_named, read_image_file
-from dino_fast.evaluate.ranking import RankingScore, rank_images, score_rankings
-from dino_fast.evaluate.whitening import Whitening
+from dino_fast.evaluate.search.describer import Describer
+from dino_fast.evaluate.search.descriptor_flags import DescriptorParser, build_describer, learn_whitening_on
+from dino_fast.evaluate.search.descriptors import SCALES, shrink
+from dino_fast.evaluate.search.ground_truth import GroundTruth, limit_ground_truth, read_ground_truth
+from dino_fast.evaluate.search.images import list_image_files, open_if_named, read_image_file
+from dino_fast.evaluate.search.ranking import RankingScore, rank_images, score_rankings
+from dino_fast.evaluate.search.whitening import Whitening
 from shards.errors import UserError
 from shards.text import format_count, list_first
 

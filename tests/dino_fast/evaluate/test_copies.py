@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dino_fast.__main__ import main as dino_fast
-from dino_fast.evaluate.copydays import find_copies, limit_copies, match_copies
+from dino_fast.evaluate.search.copydays import find_copies, limit_copies, match_copies
 from shards.errors import UserError
 
 

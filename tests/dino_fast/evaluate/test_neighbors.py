@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dino_fast.__main__ import main as dino_fast
-from dino_fast.evaluate.neighbor_sheet import SIDE, SheetCell, draw_neighbor_sheet
 from dino_fast.evaluate.neighbors import Queries, choose_at_random, find_neighbors
+from dino_fast.evaluate.search.neighbor_sheet import SIDE, SheetCell, draw_neighbor_sheet
 from shards.inspect.sheet_cells import CAPTION, GAP
 from tests.conftest import class_image
 

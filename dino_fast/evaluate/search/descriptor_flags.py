@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dino_fast.distributed import Ranks
 from dino_fast.evaluate.arguments import BackboneParser, load_network_from, parse_positive_number, parse_whole_number
-from dino_fast.evaluate.describer import Describer
-from dino_fast.evaluate.descriptors import Descriptor
-from dino_fast.evaluate.images import Images, spread_evenly
-from dino_fast.evaluate.whitening import Whitening, learn_whitening
+from dino_fast.evaluate.search.describer import Describer
+from dino_fast.evaluate.search.descriptors import Descriptor
+from dino_fast.evaluate.search.images import Images, spread_evenly
+from dino_fast.evaluate.search.whitening import Whitening, learn_whitening
 from dino_fast.model.trial import check_size
 from shards.argument_types import parse_path
 from shards.text import format_count

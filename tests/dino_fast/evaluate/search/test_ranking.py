@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dino_fast.evaluate.copydays import score_copies
-from dino_fast.evaluate.ground_truth import GroundTruth, Query
-from dino_fast.evaluate.ranking import (
+from dino_fast.evaluate.search.copydays import score_copies
+from dino_fast.evaluate.search.ground_truth import GroundTruth, Query
+from dino_fast.evaluate.search.ranking import (
     Choice,
     RankingScore,
     compute_average_precision,
@@ -22,10 +22,10 @@ from dino_fast.evaluate.ranking import (
     rank_images,
     score_rankings,
 )
-from dino_fast.evaluate.whitening import learn_whitening
+from dino_fast.evaluate.search.whitening import learn_whitening
 from tests.dino_fast.model.test_vit import assert_digest
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "retrieval.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "retrieval.json").read_text())
 EXACT = {"rel": 1e-12, "abs": 1e-12}
 
 
@@ -114,7 +114,7 @@ def test_queries_without_positives_count_nowhere():
 
 
 def test_equal_images_are_ranked_by_number(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("dino_fast.evaluate.ranking.MAX_SIMILARITIES", 1)  # one query at a time
+    monkeypatch.setattr("dino_fast.evaluate.search.ranking.MAX_SIMILARITIES", 1)  # one query at a time
     database = torch.ones(9, 4)
     assert [order.tolist() for order in rank_images(torch.ones(2, 4), database)] == [list(range(9))] * 2
 
@@ -174,7 +174,7 @@ def test_the_published_whitening(name: str, rows: int, dims: int | None):
 def test_the_published_eigenvalues(monkeypatch: pytest.MonkeyPatch):
     """They are those of the second moments about zero. Those about the mean would be smaller."""
     others = _draw_copydays()[3]
-    monkeypatch.setattr("dino_fast.evaluate.whitening._CHUNK", 33)  # in several parts, the last one smaller
+    monkeypatch.setattr("dino_fast.evaluate.search.whitening._CHUNK", 33)  # in several parts, the last one smaller
     whitening = learn_whitening(others)
     values = 1 / whitening.matrix.square().sum(1)
     assert_digest(values, GOLDEN["copydays"]["covariance_eigenvalues"])

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_fast.evaluate.plain_pickle import NotPlainError, PickledArray, read_plain_pickle
+from dino_fast.evaluate.search.plain_pickle import NotPlainError, PickledArray, read_plain_pickle
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text() | st.binary(),

@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_fast.distributed import Ranks
-from dino_fast.evaluate import describer
-from dino_fast.evaluate.describer import Describer, group_by_size, join_shares, load_ahead
-from dino_fast.evaluate.descriptors import (
+from dino_fast.evaluate.search import describer
+from dino_fast.evaluate.search.describer import Describer, group_by_size, join_shares, load_ahead
+from dino_fast.evaluate.search.descriptors import (
     SCALES,
     Descriptor,
     compute_gem,
@@ -26,14 +26,14 @@ from dino_fast.evaluate.descriptors import (
     shrink,
     squash,
 )
-from dino_fast.evaluate.images import UnreadableImage
+from dino_fast.evaluate.search.images import UnreadableImage
 from dino_fast.model.backbones import build_backbone
 from pipelines.photometric import IMAGENET
 from shards.errors import UserError
 from tests.dino_fast.model.test_vit import assert_digest, build, draw_images
 from tests.golden_runs import fill
 
-GOLDEN = json.loads((Path(__file__).parents[2] / "golden" / "retrieval.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[3] / "golden" / "retrieval.json").read_text())
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dino_fast.evaluate.ground_truth import GroundTruth, Query, limit_ground_truth, read_ground_truth
+from dino_fast.evaluate.search.ground_truth import GroundTruth, Query, limit_ground_truth, read_ground_truth
 from shards.errors import UserError
 
 PUBLISHED: dict[str, Any] = {

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from dino_fast.evaluate.images import spread_evenly
-from dino_fast.evaluate.plain_pickle import NotPlainError, PickledArray, read_plain_pickle
-from dino_fast.evaluate.ranking import Choice, Ids
+from dino_fast.evaluate.search.images import spread_evenly
+from dino_fast.evaluate.search.plain_pickle import NotPlainError, PickledArray, read_plain_pickle
+from dino_fast.evaluate.search.ranking import Choice, Ids
 from shards.errors import UserError
 from shards.text import escape_unprintable
 

@@ -9,15 +9,15 @@ import torch
 
 from dino_fast.distributed import Ranks
 from dino_fast.evaluate.copies import evaluate_copies
-from dino_fast.evaluate.copydays import find_copies
-from dino_fast.evaluate.describer import Describer
-from dino_fast.evaluate.descriptor_flags import describe_others
-from dino_fast.evaluate.descriptors import Descriptor, squash
-from dino_fast.evaluate.ground_truth import read_ground_truth
-from dino_fast.evaluate.images import open_images
 from dino_fast.evaluate.retrieval import RetrievalProtocol, evaluate_retrieval, find_retrieval_files
+from dino_fast.evaluate.search.copydays import find_copies
+from dino_fast.evaluate.search.describer import Describer
+from dino_fast.evaluate.search.descriptor_flags import describe_others
+from dino_fast.evaluate.search.descriptors import Descriptor, squash
+from dino_fast.evaluate.search.ground_truth import read_ground_truth
+from dino_fast.evaluate.search.images import open_images
 from pipelines.photometric import IMAGENET
-from tests.dino_fast.evaluate.trained_network import build_network
+from tests.dino_fast.evaluate.search.trained_network import build_network
 
 CPU = Ranks(0, 1, torch.device("cpu"))
 SIZE = 224  # that the network was trained for

@@ -6,10 +6,10 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
-from dino_fast.evaluate.attacks import ATTACKS, make_copy
-from dino_fast.evaluate.copydays import ORIGINAL, STRONG
-from dino_fast.evaluate.describer import load_ahead
-from dino_fast.evaluate.images import Images, UnreadableImage, open_images, spread_evenly
+from dino_fast.evaluate.search.attacks import ATTACKS, make_copy
+from dino_fast.evaluate.search.copydays import ORIGINAL, STRONG
+from dino_fast.evaluate.search.describer import load_ahead
+from dino_fast.evaluate.search.images import Images, UnreadableImage, open_images, spread_evenly
 from shards.errors import UserError, suggest_fix
 from shards.progress import show_progress
 

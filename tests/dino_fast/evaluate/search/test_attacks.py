@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from dino_fast.__main__ import main as dino_fast
-from dino_fast.evaluate import attacks
-from dino_fast.evaluate.attacks import ATTACKS, make_copy
-from dino_fast.evaluate.copydays import find_copies
+from dino_fast.evaluate.search import attacks
+from dino_fast.evaluate.search.attacks import ATTACKS, make_copy
+from dino_fast.evaluate.search.copydays import find_copies
 from tests.conftest import class_image
 
 SIZE = (120, 80)

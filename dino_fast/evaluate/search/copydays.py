@@ -14,9 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from dino_fast.evaluate.images import list_image_files, spread_evenly
 from dino_fast.evaluate.nearest import find_nearest
-from dino_fast.evaluate.ranking import compute_average_precision
+from dino_fast.evaluate.search.images import list_image_files, spread_evenly
+from dino_fast.evaluate.search.ranking import compute_average_precision
 from shards.errors import UserError
 
 ORIGINAL, STRONG, DISTRACTORS = "original", "strong", "distractors"

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_fast.distributed import Ranks
-from dino_fast.evaluate.images import UnreadableImage
+from dino_fast.evaluate.search.images import UnreadableImage
 from pipelines.loader import count_default_threads
 from pipelines.photometric import Normalization, normalize
 from shards.errors import UserError
