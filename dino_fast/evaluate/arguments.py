@@ -113,19 +113,7 @@ class BackboneParser(FlagParser):
             help="in place of a checkpoint: the weights that timm downloads for --backbone timm/NAME, such as "
             "timm/vit_small_patch16_224.dino",
         )  # fmt: skip
-        self.add_argument(
-            "--backbone", metavar="NAME",
-            help="backbone of weights that other programs saved, such as timm/NAME (default: the one of "
-            f"{', '.join(BACKBONES)} whose shapes they have)",
-        )  # fmt: skip
-        self.add_argument(
-            "--network", choices=("teacher", "student"), default="teacher",
-            help="whose backbone to take (default: teacher)",
-        )  # fmt: skip
-        self.add_argument(
-            "--device", choices=("auto", "cpu", "cuda"), default="auto",
-            help="where to compute; auto means the GPU if there is one (default: auto)",
-        )  # fmt: skip
+        add_network_flags(self)
         self.add_argument("--json", type=Path, metavar="FILE", help="also write the scores to this file")
 
 
@@ -155,11 +143,33 @@ class EvaluationParser(BackboneParser):
             "--limit", type=parse_whole_number(1), metavar="N",
             help="use at most N images of each set, at even distances (default: all)",
         )  # fmt: skip
-        self.add_argument(
-            "--cache", type=Path, default=find_default_cache(), metavar="DIR",
-            help="folder in which features are kept, so that other commands need not compute them again; it can be "
-            "deleted at any time (default: ~/.cache/dino_fast/features)",
-        )  # fmt: skip
+        add_cache_flag(self)
+
+
+def add_network_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say whose backbone is looked at, and where it computes."""
+    parser.add_argument(
+        "--backbone", metavar="NAME",
+        help="backbone of weights that other programs saved, such as timm/NAME (default: the one of "
+        f"{', '.join(BACKBONES)} whose shapes they have)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--network", choices=("teacher", "student"), default="teacher",
+        help="whose backbone to take (default: teacher)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto",
+        help="where to compute; auto means the GPU if there is one (default: auto)",
+    )  # fmt: skip
+
+
+def add_cache_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag of the folder in which features are kept."""
+    parser.add_argument(
+        "--cache", type=Path, default=find_default_cache(), metavar="DIR",
+        help="folder in which features are kept, so that other commands need not compute them again; it can be "
+        "deleted at any time (default: ~/.cache/dino_fast/features)",
+    )  # fmt: skip
 
 
 def parse_pixels(text: str) -> int:

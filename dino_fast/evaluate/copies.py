@@ -36,7 +36,7 @@ from dino_fast.evaluate.search.descriptor_flags import (
     print_unreadable,
 )
 from dino_fast.evaluate.search.descriptors import squash
-from dino_fast.evaluate.search.images import open_if_named, read_image_file
+from dino_fast.evaluate.search.images import fingerprint_files, open_if_named, read_image_file
 from dino_fast.evaluate.search.whitening import Whitening
 from shards.argument_types import parse_path
 from shards.text import format_count, list_first
@@ -55,7 +55,9 @@ def evaluate_copies(
     """
 
     def describe(files: Sequence[str], what: str) -> Tensor:
-        found = describer.describe(lambda n: squash(read_image_file(copies.folder / files[n]), size), len(files), what)
+        paths = [copies.folder / name for name in files]
+        about = {"images": fingerprint_files(paths), "prepared": f"squashed to {size}"}
+        found = describer.describe(lambda n: squash(read_image_file(paths[n]), size), len(paths), what, about)
         return whitening.apply(found.descriptors) if whitening else found.descriptors
 
     originals = describe(copies.originals, ORIGINAL)
@@ -88,9 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     to_whiten = open_if_named(options.whiten, "--whiten")
     with join_ranks(options.device) as ranks:
         describer, evaluation = build_describer(options, (1.0,), ranks)
-        prepare = partial(squash, size=options.size)
-        whitening = learn_whitening_on(to_whiten, prepare, describer, options.limit)
-        distractors = describe_others(others, prepare, describer, options.limit) if others else None
+        prepare = partial(squash, size=options.size), f"squashed to {options.size}"
+        whitening = learn_whitening_on(to_whiten, *prepare, describer, options.limit)
+        distractors = describe_others(others, *prepare, describer, options.limit) if others else None
         scores = evaluate_copies(copies, options.size, describer, distractors, whitening)
     if ranks.first:
         counts = {"originals": len(copies.originals), "distractors": 0 if distractors is None else len(distractors)}

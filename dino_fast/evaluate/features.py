@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -119,11 +120,11 @@ def extract_features(network: nn.Module, index: ShardIndex, ids: Numbers, how: E
     network.to(how.ranks.device).to(memory_format=torch.channels_last).eval()
     file = _open_file(network, index, ids, how)
     missing = file.find_missing_chunks()
-    _wait_for_all(how.ranks)  # until each rank has seen the same chunks missing
+    wait_for_all(how.ranks)  # until each rank has seen the same chunks missing
     rows = _list_rows(missing[how.ranks.rank :: how.ranks.world], len(ids))
     for row, features in _compute_rows(network, index, ids, rows, how):
         file.write(row, features)
-    _wait_for_all(how.ranks)
+    wait_for_all(how.ranks)
     return file.read()
 
 
@@ -141,8 +142,12 @@ def _open_file(network: nn.Module, index: ShardIndex, ids: Numbers, how: Extract
         "device": how.ranks.device.type,
     }  # fmt: skip
     key = {**about, "images": index.fingerprint, "samples": hashlib.sha256(ids.tobytes()).hexdigest()}
-    name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
-    return FeatureFile(how.cache / name, (len(ids), width), np.float16 if how.half else np.float32, about)
+    return FeatureFile(how.cache / hash_key(key), (len(ids), width), np.float16 if how.half else np.float32, about)
+
+
+def hash_key(key: Mapping[str, Any]) -> str:
+    """Return the name of the folder of features that are told from all others by this plain data."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def hash_weights(weights: Mapping[str, Tensor]) -> str:
@@ -191,7 +196,8 @@ def _compute(network: nn.Module, images: Tensor, how: Extraction) -> Tensor:
     return features.float()
 
 
-def _wait_for_all(ranks: Ranks) -> None:
+def wait_for_all(ranks: Ranks) -> None:
+    """Return when every rank has come here."""
     if ranks.world > 1:
         dist.barrier()
 

@@ -19,18 +19,21 @@ from dino_fast.distributed import join_ranks
 from dino_fast.evaluate.arguments import (
     PUBLISHED_CROP,
     BackboneParser,
+    add_cache_flag,
     load_network_from,
     name_network,
     parse_pixels,
     parse_whole_number,
     write_json,
 )
+from dino_fast.evaluate.features import Extraction, extract_features
 from dino_fast.evaluate.nearest import find_nearest
-from dino_fast.evaluate.search.describer import Describer
+from dino_fast.evaluate.search.describer import Described, Describer
 from dino_fast.evaluate.search.descriptor_flags import print_unreadable
 from dino_fast.evaluate.search.images import (
     ImageFiles,
     Images,
+    ShardImages,
     UnreadableImage,
     open_images,
     read_image_file,
@@ -38,7 +41,7 @@ from dino_fast.evaluate.search.images import (
 )
 from dino_fast.evaluate.search.neighbor_sheet import MOST_NEIGHBORS, MOST_ROWS, SheetCell, save_neighbor_sheet
 from dino_fast.model.trial import check_size
-from pipelines.labeled import choose_resize, resize_and_crop
+from pipelines.labeled import CenterCrop, choose_resize, resize_and_crop
 from shards.argument_types import parse_path, parse_png_path
 from shards.errors import UserError
 from shards.text import format_count
@@ -119,10 +122,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     images = open_images(options.images, "--images")
     chosen = spread_evenly(len(images.names), options.limit)
     with join_ranks(options.device) as ranks:
-        describer = Describer(found.network, found.normalization, ranks)
-        database = describer.describe(
-            lambda n: cut_center(images.read(chosen[n]), crop), len(chosen), options.images, skip_unreadable=True
-        )
+        describer = Describer(found.network, found.normalization, ranks, found.name, options.cache)
+        database = _describe_images(describer, images, chosen, crop, options.limit)
         numbers = [chosen[place] for place in database.numbers]
         queries = _describe_queries(options, describer, crop, images, numbers, database.descriptors)
         neighbors = find_neighbors(queries, database.descriptors, numbers, options.k)
@@ -153,6 +154,21 @@ def _check_files(options: argparse.Namespace) -> None:
             raise UserError(f"--{flag} {file}: the folder {file.parent} does not exist. Create it first.")
         if file and file.is_dir():
             raise UserError(f"--{flag} {file} is a folder. Name a file in it.")
+
+
+def _describe_images(
+    describer: Describer, images: Images, chosen: list[int], crop: int, limit: int | None
+) -> Described:
+    """Return the features of the images with the numbers `chosen`. Those of shards are the ones that k-NN keeps."""
+    if isinstance(images, ShardImages) and describer.cache:
+        center = CenterCrop(choose_resize(crop), crop, describer.normalization)
+        how = Extraction(describer.backbone, center, describer.ranks, describer.cache, limit)
+        features = extract_features(describer.network, images.index, np.array(chosen, np.int64), how)
+        return Described(features, list(range(len(chosen))))
+    about = {"images": images.compute_fingerprint(), "limit": limit, "prepared": f"center crop of {crop}"}
+    return describer.describe(
+        lambda n: cut_center(images.read(chosen[n]), crop), len(chosen), images.where, about, skip_unreadable=True
+    )
 
 
 def _describe_queries(
@@ -223,8 +239,8 @@ _DESCRIPTION = (
     "contact sheet, a CSV file or JSON. It shows what a backbone takes for alike."
 )
 _EPILOG = (
-    "Images are prepared as for the k-NN score: the short side is resized, and the center is cut out. An image that "
-    "cannot be read is left out, and named. A query of the searched images is not its own neighbor."
+    "Images are prepared as for the k-NN score: the short side is resized, and the center is cut out. An image file "
+    "that cannot be read is left out, and named. A query of the searched images is not its own neighbor."
 )
 
 
@@ -263,4 +279,5 @@ def build_parser() -> argparse.ArgumentParser:
         "--limit", type=parse_whole_number(1), metavar="N",
         help="search at most N of the images, at even distances (default: all)",
     )  # fmt: skip
+    add_cache_flag(parser)
     return parser

@@ -19,7 +19,7 @@ from dino_fast.evaluate.search.describer import Describer
 from dino_fast.evaluate.search.descriptor_flags import DescriptorParser, build_describer, learn_whitening_on
 from dino_fast.evaluate.search.descriptors import SCALES, shrink
 from dino_fast.evaluate.search.ground_truth import GroundTruth, limit_ground_truth, read_ground_truth
-from dino_fast.evaluate.search.images import list_image_files, open_if_named, read_image_file
+from dino_fast.evaluate.search.images import fingerprint_files, list_image_files, open_if_named, read_image_file
 from dino_fast.evaluate.search.ranking import RankingScore, rank_images, score_rankings
 from dino_fast.evaluate.search.whitening import Whitening
 from shards.errors import UserError
@@ -65,11 +65,13 @@ def evaluate_retrieval(
     Raises UserError for an image that cannot be read.
     """
     boxes = [query.box if protocol.crop_queries else None for query in truth.queries]
+    about: dict[str, Any] = {"images": fingerprint_files(files.images), "prepared": f"shrunk to {protocol.size}"}
     database = describer.describe(
-        lambda n: shrink(read_image_file(files.images[n]), protocol.size), len(files.images), "the database"
+        lambda n: shrink(read_image_file(files.images[n]), protocol.size), len(files.images), "the database", about
     ).descriptors
+    about = {**about, "images": fingerprint_files(files.queries), "boxes": boxes}
     queries = describer.describe(
-        lambda n: shrink(read_image_file(files.queries[n]), protocol.size, boxes[n]), len(boxes), "the queries"
+        lambda n: shrink(read_image_file(files.queries[n]), protocol.size, boxes[n]), len(boxes), "the queries", about
     ).descriptors
     if whitening:
         database, queries = whitening.apply(database), whitening.apply(queries)
@@ -122,8 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     files, to_whiten = find_retrieval_files(truth, folder), open_if_named(options.whiten, "--whiten")
     with join_ranks(options.device) as ranks:
         describer, evaluation = build_describer(options, SCALES if options.multi_scale else (1.0,), ranks)
-        prepare = partial(shrink, size=options.size)
-        whitening = learn_whitening_on(to_whiten, prepare, describer, options.limit)
+        prepare = partial(shrink, size=options.size), f"shrunk to {options.size}"
+        whitening = learn_whitening_on(to_whiten, *prepare, describer, options.limit)
         scores = evaluate_retrieval(truth, files, protocol, describer, whitening)
     if ranks.first:
         _print_scores(scores, truth, protocol, name_network(evaluation), str(describer.network))

@@ -1,11 +1,13 @@
 """Compute the descriptors of many images: decode ahead in threads, and share the images among the ranks."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol, TypeVar
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dino_fast.distributed import Ranks
+from dino_fast.evaluate.feature_file import CHUNK, FeatureFile
+from dino_fast.evaluate.features import hash_key, hash_weights, wait_for_all
 from dino_fast.evaluate.search.images import UnreadableImage
 from pipelines.loader import count_default_threads
 from pipelines.photometric import Normalization, normalize
@@ -23,6 +27,8 @@ from shards.progress import show_progress
 
 _PIXELS = 64 * 224 * 224  # of the images that go through the network at once
 _AHEAD = 64  # images that are decoded ahead
+
+About = Mapping[str, Any]
 
 Loaded = TypeVar("Loaded")
 
@@ -50,49 +56,117 @@ class Describer:
     """Computes descriptors."""
 
     network: nn.Module
-    """maps images [N, 3, H, W] to descriptors [N, D]"""
+    """maps images [N, 3, H, W] to descriptors [N, D]; as text, it says which descriptors"""
     normalization: Normalization
     """that of the network's training"""
     ranks: Ranks
     """they share the images"""
+    backbone: str = ""
+    """what the network is, in words: two networks of equal weights may differ"""
+    cache: Path | None = None
+    """folder with a subfolder for each set of descriptors; None: they are not kept"""
 
-    def describe(self, load: Load, count: int, what: str, *, skip_unreadable: bool = False) -> Described:
-        """Compute the descriptors of images 0 to count − 1. `what`: their name in messages.
+    def describe(
+        self, load: Load, count: int, what: str, about: About | None = None, *, skip_unreadable: bool = False
+    ) -> Described:
+        """Compute the descriptors of images 0 to count − 1, or read those that an earlier call has kept.
 
-        Threads decode ahead. Images of one size that follow each other go through the network together. Raises
-        UserError for an image that cannot be read, unless such images are skipped, and where none can be read.
+        what: the images' name in messages. about: what tells these images, and how `load` prepares them, from all
+        others; without it nothing is kept. Threads decode ahead. Images of one size that follow each other go through
+        the network together. Raises UserError for an image that cannot be read, unless such images are skipped, and
+        where none can be read.
         """
-        share = range(self.ranks.rank, count, self.ranks.world)
-        shares = [self._describe_share(load, share, what, skip_unreadable)]
-        if self.ranks.world > 1:
-            shares *= self.ranks.world
-            dist.all_gather_object(shares, shares[0])
-        found = join_shares(shares)
+        with show_progress(f"descriptors of {what}") as report:
+            if self.cache is None or about is None:
+                found = self._describe_rows(load, range(count), skip_unreadable, lambda done: report(done, count))
+            else:
+                found = self._describe_once(load, count, about, skip_unreadable, lambda done: report(done, count))
         if not found.numbers:
             raise UserError(f"{what}: none of the images can be read. The first is {found.unreadable[0]}")
         return found
 
+    def _describe_once(
+        self, load: Load, count: int, about: About, skip: bool, report: Callable[[int], None]
+    ) -> Described:
+        """Do what `describe` does, a chunk after the other, and keep the descriptors of each.
+
+        The row of an image that could not be read is not a number. Such images are read again each time.
+        """
+        width = self._find_width(load, count)
+        if width is None:
+            return self._describe_rows(load, range(count), skip, report)
+        file = FeatureFile(self._choose_place(about), (count, width), np.float32, about)
+        missing = file.find_missing_chunks()
+        wait_for_all(self.ranks)  # until each rank has seen the same chunks missing
+        for chunk in missing:
+            first = chunk * CHUNK
+            rows = range(first, min(first + CHUNK, count))
+            found = self._describe_rows(load, rows, skip, partial(_report_from, report, first))
+            values = torch.full((len(rows), width), torch.nan)
+            if found.numbers:
+                values[[number - first for number in found.numbers]] = found.descriptors
+            if self.ranks.first:
+                file.write(first, values)
+        wait_for_all(self.ranks)
+        descriptors = file.read()
+        lost = descriptors.isnan().any(1)
+        again = self._describe_rows(load, lost.nonzero()[:, 0].tolist(), skip, lambda _: None)
+        return Described(descriptors[~lost], (~lost).nonzero()[:, 0].tolist(), again.unreadable)
+
+    def _find_width(self, load: Load, count: int) -> int | None:
+        """Return the D of the descriptors, from the first image that can be read. Return None where none can."""
+        for number in range(count):
+            with contextlib.suppress(UnreadableImage):
+                return self._run(np.stack([np.asarray(load(number))])).shape[1]
+        return None
+
+    def _choose_place(self, about: About) -> Path:
+        """Return the folder of these descriptors in the cache. Its name tells them apart from all others."""
+        assert self.cache is not None
+        key = {
+            **about, "backbone": self.backbone, "weights": hash_weights(self.network.state_dict()),
+            "descriptors": str(self.network), "normalization": str(self.normalization),
+            "device": self.ranks.device.type,
+        }  # fmt: skip
+        return self.cache / hash_key(key)
+
+    def _describe_rows(self, load: Load, rows: Sequence[int], skip: bool, report: Callable[[int], None]) -> Described:
+        """Compute the descriptors of the images with these numbers. The ranks share them."""
+        shares = [self._describe_share(load, rows[self.ranks.rank :: self.ranks.world], skip, report)]
+        if self.ranks.world > 1:
+            shares *= self.ranks.world
+            dist.all_gather_object(shares, shares[0])
+        return join_shares(shares)
+
     @torch.inference_mode()
-    def _describe_share(self, load: Load, share: range, what: str, skip_unreadable: bool) -> Described:
-        self.network.to(self.ranks.device).to(memory_format=torch.channels_last).eval()
+    def _describe_share(
+        self, load: Load, share: Sequence[int], skip: bool, report: Callable[[int], None] = lambda _: None
+    ) -> Described:
+        """Compute the descriptors of these images alone. `report` is told about how many images all ranks have done."""
         parts: list[Tensor] = [torch.empty(0)]
         numbers: list[int] = []
         unreadable: list[str] = []
-        with show_progress(f"descriptors of {what}") as report:
-            loaded = load_ahead(partial(_try_to_load, load), share)
-            for batch in group_by_size(_sort_out(loaded, unreadable, skip_unreadable)):
-                numbers += [number for number, _ in batch]
-                parts.append(self._run(np.stack([np.asarray(image) for _, image in batch])))
-                if self.ranks.first:
-                    report(len(numbers) + len(unreadable), len(share))
+        loaded = load_ahead(partial(_try_to_load, load), share)
+        for batch in group_by_size(_sort_out(loaded, unreadable, skip)):
+            numbers += [number for number, _ in batch]
+            parts.append(self._run(np.stack([np.asarray(image) for _, image in batch])))
+            if self.ranks.first:
+                report((len(numbers) + len(unreadable)) * self.ranks.world)
         return Described(torch.cat(parts[1:] or parts), numbers, unreadable)
 
+    @torch.inference_mode()
     def _run(self, levels: npt.NDArray[np.uint8]) -> Tensor:
         """Return the descriptors [N, D] of images [N, H, W, 3], on the CPU."""
+        self.network.to(self.ranks.device).to(memory_format=torch.channels_last).eval()
         images = torch.from_numpy(levels)
         out = torch.empty(len(images), 3, *images.shape[1:3]).contiguous(memory_format=torch.channels_last)
         normalize(images, out, self.normalization)
         return run_network(self.network, out.to(self.ranks.device)).float().cpu()
+
+
+def _report_from(report: Callable[[int], None], first: int, done: int) -> None:
+    """Report images done, with those before the first of this chunk."""
+    report(first + done)
 
 
 def join_shares(shares: Sequence[Described]) -> Described:

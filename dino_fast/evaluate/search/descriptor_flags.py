@@ -8,7 +8,13 @@ from PIL import Image
 from torch import Tensor
 
 from dino_fast.distributed import Ranks
-from dino_fast.evaluate.arguments import BackboneParser, load_network_from, parse_positive_number, parse_whole_number
+from dino_fast.evaluate.arguments import (
+    BackboneParser,
+    add_cache_flag,
+    load_network_from,
+    parse_positive_number,
+    parse_whole_number,
+)
 from dino_fast.evaluate.search.describer import Describer
 from dino_fast.evaluate.search.descriptors import Descriptor
 from dino_fast.evaluate.search.images import Images, spread_evenly
@@ -39,6 +45,7 @@ class DescriptorParser(BackboneParser):
             "image files or of shards: other images than those that are scored (published: 20,000)",
         )  # fmt: skip
         self.add_argument("--limit", type=parse_whole_number(1), metavar="N", help=limit_help)
+        add_cache_flag(self)
 
 
 def build_describer(
@@ -50,19 +57,20 @@ def build_describer(
     """
     found, evaluation = load_network_from(options)
     check_size(found.name, options.size, "--size")
-    describer = Describer(Descriptor(found.network, options.gem, scales), found.normalization, ranks)
+    network = Descriptor(found.network, options.gem, scales)
+    describer = Describer(network, found.normalization, ranks, found.name, options.cache)
     return describer, {
         **evaluation, "size": options.size, "scales": list(scales), "gem": options.gem, "whiten": options.whiten,
     }  # fmt: skip
 
 
 def learn_whitening_on(
-    images: Images | None, prepare: Prepare, describer: Describer, limit: int | None
+    images: Images | None, prepare: Prepare, prepared: str, describer: Describer, limit: int | None
 ) -> Whitening | None:
-    """Learn the whitening on at most `limit` images. Return None without images."""
+    """Learn the whitening on at most `limit` images. Return None without images. `prepared`: how, in words."""
     if images is None:
         return None
-    descriptors = describe_others(images, prepare, describer, limit)
+    descriptors = describe_others(images, prepare, prepared, describer, limit)
     count, width = descriptors.shape
     if describer.ranks.first:
         few = "" if count > width else f", fewer than the {width} values of a descriptor: this is a rough one"
@@ -70,14 +78,18 @@ def learn_whitening_on(
     return learn_whitening(descriptors)
 
 
-def describe_others(images: Images, prepare: Prepare, describer: Describer, limit: int | None) -> Tensor:
+def describe_others(images: Images, prepare: Prepare, prepared: str, describer: Describer, limit: int | None) -> Tensor:
     """Compute the descriptors [N, D] of at most `limit` images that no score depends on one by one.
 
-    Images that cannot be read are skipped, and named in a line.
+    `prepared` says in words what `prepare` does. Images that cannot be read are skipped, and named in a line.
     """
     numbers = spread_evenly(len(images.names), limit)
     found = describer.describe(
-        lambda n: prepare(images.read(numbers[n])), len(numbers), images.where, skip_unreadable=True
+        lambda n: prepare(images.read(numbers[n])),
+        len(numbers),
+        images.where,
+        {"images": images.compute_fingerprint(), "limit": limit, "prepared": prepared},
+        skip_unreadable=True,
     )
     if describer.ranks.first:
         print_unreadable(images.where, found.unreadable)

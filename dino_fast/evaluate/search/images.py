@@ -1,5 +1,6 @@
 """Images by number, wherever they lie: the files of a folder, or the samples of shards."""
 
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -40,6 +41,9 @@ class Images(Protocol):
     def read_file(self, number: int) -> tuple[bytes, str]:
         """Return an image's file as it is, and its extension. Raises UnreadableImage."""
 
+    def compute_fingerprint(self) -> str:
+        """Return what tells these images from others."""
+
 
 class ImageFiles:
     """Image files below a folder."""
@@ -58,12 +62,16 @@ class ImageFiles:
         path = self.folder / self.names[number]
         return _read_bytes(path), path.suffix.lower()
 
+    def compute_fingerprint(self) -> str:
+        """Return a hash of the files' names, sizes and times."""
+        return fingerprint_files([self.folder / name for name in self.names])
+
 
 class ShardImages:
     """The samples of shards."""
 
     def __init__(self, index: ShardIndex) -> None:
-        self._index = index
+        self.index = index
         self.where = str(index.folder)
         self.names = _SampleNames(index)
 
@@ -72,15 +80,19 @@ class ShardImages:
         try:
             return decode_image(self.read_file(number)[0])
         except DecodeError as error:
-            raise UnreadableImage(str(self._index.make_bad_sample(number, str(error)))) from error
+            raise UnreadableImage(str(self.index.make_bad_sample(number, str(error)))) from error
 
     def read_file(self, number: int) -> tuple[bytes, str]:
         """Return an image's bytes, and the extension of its format. Raises what `read` does."""
         try:
-            (data,) = self._index.read([number])
+            (data,) = self.index.read([number])
             return data, f".{read_info(data).extension}"
         except (BadSample, UndecodableError) as error:
             raise UnreadableImage(str(error)) from error
+
+    def compute_fingerprint(self) -> str:
+        """Return the fingerprint of the shards."""
+        return self.index.fingerprint
 
 
 class _SampleNames(Sequence[str]):
@@ -129,6 +141,15 @@ def list_image_files(folder: Path) -> tuple[str, ...]:
     """
     walk = FolderWalk(str(folder), is_image)
     return tuple(sorted(os.fsdecode(name) for name, _ in walk.files()))
+
+
+def fingerprint_files(paths: Sequence[Path]) -> str:
+    """Return a hash of the files' names, sizes and times of change. A missing file counts as empty."""
+    digest = hashlib.sha256()
+    for path in paths:
+        about = path.stat() if path.exists() else None
+        digest.update(f"{path.name}\0{about and (about.st_size, about.st_mtime_ns)}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def read_image_file(path: Path) -> Image.Image:

@@ -110,7 +110,7 @@ def test_a_killed_pass_goes_on(how: Extraction, labeled_shards: Path) -> None:
 
 
 def test_ranks_share_the_chunks(how: Extraction, labeled_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("dino_fast.evaluate.features._wait_for_all", lambda _: None)
+    monkeypatch.setattr("dino_fast.evaluate.features.wait_for_all", lambda _: None)
     with ShardIndex(labeled_shards) as index:
         counts, both = [], [Colors(), Colors()]
         file = None

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def test_an_image_that_cannot_be_read_is_named():
 def test_ranks_share_the_images():
     shares = [
         Describer(_Mean(), IMAGENET, Ranks(rank, 3, torch.device("cpu")))._describe_share(
-            _load, range(rank, 8, 3), "x", True
+            _load, range(rank, 8, 3), True
         )
         for rank in range(3)
     ]
@@ -198,6 +199,34 @@ def test_ranks_share_the_images():
     joined = join_shares(shares)
     assert (joined.numbers, joined.unreadable) == (alone.numbers, alone.unreadable)
     torch.testing.assert_close(joined.descriptors, alone.descriptors)
+
+
+def test_descriptors_are_kept_and_a_stopped_pass_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Chunks have three images here. The fourth image cannot be read, and is read again in the hope that it can."""
+    monkeypatch.setattr("dino_fast.evaluate.feature_file.CHUNK", 3)
+    monkeypatch.setattr(describer, "CHUNK", 3)
+    expected = Describer(_Mean(), IMAGENET, ALONE).describe(_load, 8, "x", skip_unreadable=True)
+    asked: list[int] = []
+
+    def load(number: int, last: int = 8) -> Image.Image:
+        asked.append(number)
+        if number >= last:
+            raise RuntimeError("killed")
+        return _load(number)
+
+    once = Describer(_Mean(), IMAGENET, ALONE, "mean", tmp_path)
+    with pytest.raises(RuntimeError, match="killed"):
+        once.describe(partial(load, last=5), 8, "x", {"images": "a"}, skip_unreadable=True)
+    for read in [0, 3, 3, 4, 5, 6, 7], [0, 3]:  # the first tells the width; 1 and 2 were kept
+        asked.clear()
+        found = once.describe(load, 8, "x", {"images": "a"}, skip_unreadable=True)
+        assert sorted(asked) == read
+        assert (found.numbers, found.unreadable) == (expected.numbers, expected.unreadable)
+        torch.testing.assert_close(found.descriptors, expected.descriptors)
+    with pytest.raises(UserError, match=r"cannot read the image three\.jpg"):
+        once.describe(load, 8, "x", {"images": "a"})
+    other = once.describe(lambda n: Image.new("RGB", (8, 8), (n, 0, 0)), 8, "x", {"images": "b"})
+    assert other.numbers == list(range(8))
 
 
 def test_a_size_that_a_backbone_cannot_take_is_named():

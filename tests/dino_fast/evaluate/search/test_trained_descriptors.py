@@ -42,6 +42,6 @@ def test_strong_copies(trained: bool, gem: float | None, least: float, most: flo
     copies = replace(copies, blocks={"strong": copies.blocks["strong"]})
     describer = Describer(Descriptor(build_network(trained=trained), gem), IMAGENET, CPU)
     others = open_images(str(folder / "distractors"), "--distractors")
-    distractors = describe_others(others, partial(squash, size=SIZE), describer, None)
+    distractors = describe_others(others, partial(squash, size=SIZE), "squashed", describer, None)
     scores = evaluate_copies(copies, SIZE, describer, distractors)
     assert least <= scores["strong"].mean_ap <= most
