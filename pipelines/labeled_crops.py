@@ -67,7 +67,8 @@ class LabeledSamples(Protocol):
 class EpochOrder(Protocol):
     """What is asked of a `SampleOrder` or a `WholeOrder`."""
 
-    seed: int
+    @property
+    def seed(self) -> int: ...
 
     def epoch(self, step: int) -> int: ...
 
@@ -112,8 +113,8 @@ def draw_views(
 class LabeledCropLoader:
     """Loads batches of random crops, ahead of their use.
 
-    `name` says whose samples these are, in messages. `dtype` is the type of the images, and `rank` this process's
-    number among `world`.
+    `order` numbers the samples `ids`, or all samples where that is None. `name` says whose samples these are, in
+    messages. `dtype` is the type of the images, and `rank` this process's number among `world`.
     """
 
     def __init__(
@@ -127,12 +128,13 @@ class LabeledCropLoader:
         threads: int,
         rank: int = 0,
         world: int = 1,
+        ids: Ids | None = None,
     ) -> None:
         self._index, self._name, self._order, self._recipe = index, name, order, recipe
         self._device, self._threads, self._rank, self._world = device, threads, rank, world
         scale, shift = find_scale_and_shift(recipe.normalization)
         self._scale, self._shift = (torch.tensor(each, device=device) for each in (scale, shift))
-        self._dtype = dtype
+        self._dtype, self._ids = dtype, ids
 
     def load_batches(self, steps: Sequence[int]) -> Iterator[LabeledBatch]:
         """Yield this rank's share of each step. It may be empty where the order says so.
@@ -164,7 +166,8 @@ class LabeledCropLoader:
                 yield self._finish(*begun)
 
     def _begin(self, step: int, pool: Executor) -> tuple[int, Ids, Tensor, list[Future[None]]]:
-        ids = self._order.ids(step, self._rank, self._world)
+        places = self._order.ids(step, self._rank, self._world)
+        ids = places if self._ids is None else self._ids[places]
         index, epoch = self._index, self._order.epoch(step)
         views = draw_views(self._recipe, self._order.seed, epoch, ids, index.heights[ids], index.widths[ids])
         crops = torch.empty(len(ids), self._recipe.size, self._recipe.size, 3, dtype=torch.uint8)
