@@ -15,12 +15,13 @@ COMMANDS = {
     "doctor": "find what limits a run on this machine",
     "knn": "score a checkpoint by k-NN on labeled shards",
     "linear": "score a checkpoint by linear classification on labeled shards",
+    "finetune": "train a checkpoint's whole network on labeled shards, and score it",
 }
 OPTIONS = ("--help", "--version", "--print-completion")
 USAGE = f"""usage: dino-fast COMMAND ...
 
 commands:
-{"".join(f"  {name:7s} {line}{chr(10)}" for name, line in COMMANDS.items())}
+{"".join(f"  {name:8s} {line}{chr(10)}" for name, line in COMMANDS.items())}
 options:
   --version                 print the version
   --print-completion SHELL  print the completion script of bash, zsh or tcsh; save and source it
@@ -50,6 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dino_fast.evaluate.knn import main as run
     elif command == "linear":
         from dino_fast.evaluate.linear import main as run
+    elif command == "finetune":
+        from dino_fast.evaluate.finetune import main as run
     else:
         return _answer(command, rest)
     try:

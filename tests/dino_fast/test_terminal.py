@@ -27,6 +27,7 @@ SAFE = "red\\x1b[31m\\x07\\x9b2J\\rbell\\n\\u202egpj\\xe9"
         ("doctor", "dino_fast.advise.doctor.parse_arguments"),
         ("knn", "dino_fast.evaluate.knn.load_backbone_from"),
         ("linear", "dino_fast.evaluate.linear.load_backbone_from"),
+        ("finetune", "dino_fast.evaluate.finetune.load_backbone_from"),
     ],
 )
 def test_every_command_prints_its_errors_so(
@@ -37,7 +38,8 @@ def test_every_command_prints_its_errors_so(
 
     module, _, function = place.rpartition(".")
     monkeypatch.setattr(importlib.import_module(module), function, fail)
-    flags = ["--checkpoint", "x", "--train", "x", "--val", "x"] if command in ("knn", "linear") else []
+    flags = ["--checkpoint", "x", "--train", "x", "--val", "x"] if command in ("knn", "linear", "finetune") else []
+    flags += ["--output", "x"] if command == "finetune" else []
     assert main([command, *flags]) == 1
     assert capsys.readouterr().err == f"dino-fast {command}: classes that the other set lacks: {SAFE}\n"
 
