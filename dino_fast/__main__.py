@@ -15,9 +15,11 @@ COMMANDS = {
     "doctor": "find what limits a run on this machine",
     "knn": "score a checkpoint by k-NN on labeled shards",
     "linear": "score a checkpoint by linear classification on labeled shards",
+    "finetune": "train a checkpoint's whole network on labeled shards, and score it",
     "retrieval": "score a checkpoint by image retrieval, as on revisited Oxford and Paris",
     "copies": "score a checkpoint by copy detection, or make changed copies of images for it",
     "neighbors": "find the nearest images of some queries, as a contact sheet or a table",
+    "evaluate": "run all evaluations that the data at hand allow, and write one table",
 }
 OPTIONS = ("--help", "--version", "--print-completion")
 USAGE = f"""usage: dino-fast COMMAND ...
@@ -53,12 +55,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from dino_fast.evaluate.knn import main as run
     elif command == "linear":
         from dino_fast.evaluate.linear import main as run
+    elif command == "finetune":
+        from dino_fast.evaluate.finetune import main as run
     elif command == "retrieval":
         from dino_fast.evaluate.retrieval import main as run
     elif command == "copies":
         from dino_fast.evaluate.copies import main as run
     elif command == "neighbors":
         from dino_fast.evaluate.neighbors import main as run
+    elif command == "evaluate":
+        from dino_fast.evaluate.suite import main as run
     else:
         return _answer(command, rest)
     try:

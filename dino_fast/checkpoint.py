@@ -52,13 +52,23 @@ def save(folder: Path, step: int, state: dict[str, Any]) -> Path:
 
 def load(path: Path) -> dict[str, Any]:
     """Read one checkpoint onto the CPU: tensors and plain data only. Raises Damaged, or UserError for another file."""
+    state = read(path)
+    if not _is_ours(state):
+        raise UserError(f"{path} is not a checkpoint of dino-fast: it holds no teacher. Pass a file that a run wrote.")
+    if state["format"] > FORMAT:
+        raise UserError(f"{path} was written by a newer dino-fast (format {state['format']}). Update dino-fast.")
+    return state
+
+
+def read(path: Path) -> Any:
+    """Return what `save` has put into a file, on the CPU, whatever it is. Raises what `load` does."""
     match = _NAME.fullmatch(path.name)
     try:
         if match and _digest(path) != match[2]:
             raise Damaged(
                 f"{path} is damaged: its SHA-256 is not the one in its name. Remove it to use the checkpoint before."
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such checkpoint. Pass a run's folder or one of its step-….pt files.") from error
     except OSError as error:
@@ -71,11 +81,6 @@ def load(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of dino-fast: torch does not read it as tensors and plain data. Pass a file "
             "that a run wrote."
         ) from error
-    if not _is_ours(state):
-        raise UserError(f"{path} is not a checkpoint of dino-fast: it holds no teacher. Pass a file that a run wrote.")
-    if state["format"] > FORMAT:
-        raise UserError(f"{path} was written by a newer dino-fast (format {state['format']}). Update dino-fast.")
-    return state
 
 
 def _is_ours(state: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 from dino_fast.advise import doctor, plan
 from dino_fast.config import Recipe, describe_type, list_settings
-from dino_fast.evaluate import copies, knn, linear, neighbors, retrieval
+from dino_fast.evaluate import copies, finetune, knn, linear, neighbors, retrieval, suite
 from dino_fast.model.backbones import BACKBONES, BackboneName
 from dino_fast.model.timm_backbones import PREFIX
 from shards.completion import SHELLS
@@ -17,9 +17,11 @@ _OWN_FLAGS = {  # of the commands, besides the settings of a recipe
     "doctor": doctor.build_parser,
     "knn": knn.build_parser,
     "linear": linear.build_parser,
+    "finetune": finetune.build_parser,
     "retrieval": retrieval.build_parser,
     "copies": copies.build_parser,
     "neighbors": neighbors.build_parser,
+    "evaluate": suite.build_parser,
 }
 _WITH_SETTINGS = ("train", "plan", "doctor")
 

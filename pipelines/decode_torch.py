@@ -44,16 +44,21 @@ def decode(sample: bytes) -> Tensor:
     return torch.from_numpy(levels).permute(2, 0, 1)
 
 
-def crop(image: Tensor, window: tuple[int, int, int, int], size: int) -> Tensor:
+def crop(
+    image: Tensor,
+    window: tuple[int, int, int, int],
+    size: int,
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC,
+) -> Tensor:
     """Cut `window` (top, left, height, width) out of uint8 [3, H, W], and resize it to [3, size, size].
 
-    The resize is bicubic with antialiasing.
+    The resize has antialiasing.
     """
     top, left, height, width = window
     pixels = image.permute(1, 2, 0).numpy()[top : top + height, left : left + width]
     # numpy makes the copy contiguous. torch would make it with a team of threads in every thread that decodes.
     part = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)
-    return F.resize(part, [size, size], InterpolationMode.BICUBIC, antialias=True)
+    return F.resize(part, [size, size], interpolation, antialias=True)
 
 
 def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: list[Tensor]) -> None:
@@ -62,13 +67,13 @@ def decode_and_crop(sample: bytes, windows: Windows, recipe: CropRecipe, out: li
     `windows` is [views, 1, 4]. Raises DecodeError if the image does not decode, or is smaller than the index says.
     """
     image = decode(sample)
-    _require_room(image, windows)
+    require_room(image, windows)
     for (size, views), crops in zip(recipe.resolutions, out, strict=True):
         for (top, left, height, width), target in zip(windows[views, 0].tolist(), crops, strict=True):
             target.numpy()[...] = crop(image, (top, left, height, width), size).permute(1, 2, 0).numpy()
 
 
-def _require_room(image: Tensor, windows: Windows) -> None:
+def require_room(image: Tensor, windows: Windows) -> None:
     """Raise DecodeError if a window reaches beyond the image [3, H, W]. They were drawn by the index's sizes."""
     height, width = image.shape[1:]
     bottom, right = (windows[:, 0, :2] + windows[:, 0, 2:]).max(0).tolist()

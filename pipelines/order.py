@@ -1,7 +1,7 @@
 """Decide which samples a step sees, by permutations that need no state and do not depend on the number of ranks.
 
 An epoch is `samples // batch` steps. The remainder, less than one global batch, is dropped. Each epoch has another
-permutation, so the remainder consists of other samples each time.
+permutation, so the remainder consists of other samples each time. `WholeOrder` alone drops nothing.
 
 `SampleOrder` permutes all samples at once, for local disks and the page cache. `ShardOrder` permutes the shards, and
 then the samples of a few shards at a time, for storage that is fastest when it is read from end to end.
@@ -123,6 +123,42 @@ class SampleOrder(Order):
         ahead = attempt * self.batch
         position = (within * self.batch + place + ahead + ahead // self.samples) % self.samples
         return int(permute([position], self.samples, self.seed, epoch)[0])
+
+
+@dataclass(frozen=True)
+class WholeOrder:
+    """Permutes all samples in each epoch, and visits all of them: the last batch of an epoch may be smaller.
+
+    It is for what must take sets of any size. The ranks' shares of a batch are contiguous and in their order. Those of
+    the last ranks may be smaller, or empty.
+    """
+
+    samples: int
+    """number of samples in the index, 1 or more"""
+    batch: int
+    """samples of a global step, over all ranks"""
+    seed: int
+    """seed of the run"""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of batches in an epoch, the smaller one counted."""
+        return -(-self.samples // self.batch)
+
+    def epoch(self, step: int) -> int:
+        """Return the epoch of a step, from 0."""
+        return step // self.steps_per_epoch
+
+    def ids(self, step: int, rank: int = 0, world: int = 1) -> Ids:
+        """Return the sample ids of a rank's share of the step's global batch, int64."""
+        first, count = step % self.steps_per_epoch * self.batch, self.count(step)
+        share = -(-count // world)
+        positions = np.arange(first + min(rank * share, count), first + min((rank + 1) * share, count))
+        return permute(positions, self.samples, self.seed, self.epoch(step))
+
+    def count(self, step: int) -> int:
+        """Return the number of samples of a step, over all ranks."""
+        return min(self.batch, self.samples - step % self.steps_per_epoch * self.batch)
 
 
 class _Epoch(NamedTuple):

@@ -58,5 +58,5 @@ def draw_uniform(
     sample, view = sample[..., None], view[..., None]
     counter = (sample & _LOW, sample >> _SHIFT, np.uint64(epoch) & _LOW, (view << np.uint64(16)) | blocks)
     words = np.stack(np.broadcast_arrays(*philox(counter, derive_key(seed, stream))), -1)
-    words = words.reshape(*sample.shape[:-1], -1)[..., :draws]
+    words = words.reshape(*sample.shape[:-1], 4 * len(blocks))[..., :draws]
     return (words.astype(np.float64) + 0.5) * 2.0**-32

@@ -77,7 +77,7 @@ def compute_features(network: nn.Module, train: ShardIndex, val: ShardIndex, how
 
     Raises UserError, before it computes anything, for samples without labels and for classes that only `val` has.
     """
-    train_numbers = _match_classes(train, val)
+    train_numbers = match_classes(train, val)
     kept = [choose_samples(index, how.limit) for index in (train, val)]
     features = [extract_features(network, index, ids, how) for index, ids in zip((train, val), kept, strict=True)]
     labels = [index.labels[ids].astype(np.int64) for index, ids in zip((train, val), kept, strict=True)]
@@ -93,7 +93,7 @@ def choose_samples(index: ShardIndex, limit: int | None) -> Numbers:
     return np.arange(count) * len(index) // max(1, count)
 
 
-def _match_classes(train: ShardIndex, val: ShardIndex) -> Numbers:
+def match_classes(train: ShardIndex, val: ShardIndex) -> Numbers:
     """Return, for each class of `val`, its number in `train`. Raises UserError where `train` lacks it."""
     for index in (train, val):
         if not len(index) or not index.classes or (index.labels < 0).any():

@@ -90,6 +90,17 @@ def find_classifiers(network: nn.Module) -> tuple[str, ...] | None:
     return (names,) if isinstance(names, str) else tuple(names)
 
 
+def number_timm_layers(network: nn.Module) -> dict[str, int] | None:
+    """Return the number of the layer of each parameter, from 0 at the input. Return None where timm does not tell."""
+    find_matcher: Any = getattr(network, "group_matcher", None)
+    if find_matcher is None:
+        return None
+    from timm.models import group_parameters
+
+    layers: dict[str, int] = group_parameters(network, find_matcher(coarse=False), reverse=True)
+    return layers
+
+
 def _import_timm(name: str) -> ModuleType:
     try:
         import timm

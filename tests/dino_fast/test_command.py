@@ -20,7 +20,9 @@ def test_alone_it_lists_its_commands_with_one_line_each(arguments: list[str], ca
     out = capsys.readouterr().out
     listed = re.findall(r"^  (\w+) +(\w+ .*)", out.split("options:")[0], re.MULTILINE)
     assert listed == list(COMMANDS.items())
-    assert {"train", "plan", "doctor", "knn", "linear", "retrieval", "copies", "neighbors"} == COMMANDS.keys()
+    assert {
+        "train", "plan", "doctor", "knn", "linear", "finetune", "retrieval", "copies", "neighbors", "evaluate",
+    } == COMMANDS.keys()  # fmt: skip
     assert max(map(len, out.splitlines())) <= 100
 
 
@@ -120,6 +122,7 @@ def test_without_shtab_it_says_how_to_install_it(monkeypatch, capsys: pytest.Cap
         (["plan", "--images"], {"--images", "--images-per-s"}),
         (["knn", "--network", "t"], {"teacher"}),
         (["linear", "--lr"], {"--lrs"}),
+        (["finetune", "--recipe", "r"], {"resnet"}),
     ],
 )
 def test_bash_completes_commands_flags_values_and_paths(

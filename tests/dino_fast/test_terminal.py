@@ -27,9 +27,11 @@ SAFE = "red\\x1b[31m\\x07\\x9b2J\\rbell\\n\\u202egpj\\xe9"
         ("doctor", "dino_fast.advise.doctor.parse_arguments"),
         ("knn", "dino_fast.evaluate.knn.load_backbone_from"),
         ("linear", "dino_fast.evaluate.linear.load_backbone_from"),
+        ("finetune", "dino_fast.evaluate.finetune.load_backbone_from"),
         ("retrieval", "dino_fast.evaluate.retrieval.choose_folder"),
         ("copies", "dino_fast.evaluate.copies.find_copies"),
         ("neighbors", "dino_fast.evaluate.neighbors.load_network_from"),
+        ("evaluate", "dino_fast.evaluate.suite._find_checkpoint"),
     ],
 )
 def test_every_command_prints_its_errors_so(
@@ -41,13 +43,14 @@ def test_every_command_prints_its_errors_so(
     module, _, function = place.rpartition(".")
     monkeypatch.setattr(importlib.import_module(module), function, fail)
     flags = {
-        "knn": ["--train", "x", "--val", "x"],
-        "linear": ["--train", "x", "--val", "x"],
-        "retrieval": ["--ground-truth", "x"],
-        "copies": ["--images", "x"],
-        "neighbors": ["--images", "x", "--csv", "x"],
-    }.get(command)
-    flags = ["--checkpoint", "x", *flags] if flags else []
+        "knn": ["--checkpoint", "x", "--train", "x", "--val", "x"],
+        "linear": ["--checkpoint", "x", "--train", "x", "--val", "x"],
+        "finetune": ["--checkpoint", "x", "--train", "x", "--val", "x", "--output", "x"],
+        "retrieval": ["--checkpoint", "x", "--ground-truth", "x"],
+        "copies": ["--checkpoint", "x", "--images", "x"],
+        "neighbors": ["--checkpoint", "x", "--images", "x", "--csv", "x"],
+        "evaluate": ["x", "--output", "x"],
+    }.get(command, [])
     assert main([command, *flags]) == 1
     assert capsys.readouterr().err == f"dino-fast {command}: classes that the other set lacks: {SAFE}\n"
 

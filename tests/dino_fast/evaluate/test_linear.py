@@ -1,7 +1,6 @@
 """Heads trained side by side against torch's own layer, loss, SGD and cosine, one head at a time; the command."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -12,17 +11,16 @@ from torch import Tensor, nn
 
 from dino_fast.__main__ import main as dino_fast
 from dino_fast.distributed import Ranks
-from dino_fast.evaluate import features, linear
-from dino_fast.evaluate.linear import (
+from dino_fast.evaluate import features, linear_heads
+from dino_fast.evaluate.linear_cached import evaluate_linear, train_heads
+from dino_fast.evaluate.linear_heads import (
     Heads,
     LinearProtocol,
     LinearScore,
-    evaluate_linear,
     find_best_end,
     initialize_heads,
     pick_best,
     score_heads,
-    train_heads,
 )
 from pipelines.labeled import CenterCrop
 from pipelines.photometric import MEAN, STD
@@ -121,7 +119,7 @@ def test_separable_data_reach_100_percent(classes: int):
 
 @pytest.mark.parametrize("max_logits", [1, 100, 2**26])
 def test_scores_equal_a_count_by_loops(max_logits: int, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(linear, "_MAX_LOGITS", max_logits)
+    monkeypatch.setattr(linear_heads, "_MAX_LOGITS", max_logits)
     x, y = _data(40, 6, 8)
     r = torch.Generator().manual_seed(3)
     heads = Heads(*(torch.randn(3, 8, *rest, dtype=torch.float64, generator=r) for rest in ((6,), ())))
@@ -215,14 +213,6 @@ def how(cache: Path) -> features.Extraction:
     return features.Extraction("brightness", CenterCrop(37, 32), Ranks(0, 1, CPU), cache / "features")
 
 
-@pytest.fixture
-def bright_only(labeled_shards: Path, tmp_path: Path) -> Path:
-    """Pack only class 1 of `labeled_shards`, which has the number 0 here."""
-    shutil.copytree(labeled_shards.parent / "images" / "class_1", tmp_path / "images" / "class_1")
-    assert make_shards(["pack", str(tmp_path / "images"), str(tmp_path / "bright"), *PACK, "folders"]) == 0
-    return tmp_path / "bright"
-
-
 def test_val_may_have_a_subset_of_the_classes(labeled_shards: Path, bright_only: Path, tmp_path: Path):
     protocol = LinearProtocol((0.1, 0.3))
     with ShardIndex(labeled_shards) as both, ShardIndex(bright_only) as bright:
@@ -265,7 +255,7 @@ def test_the_command_scores_a_run(train_here, labeled_shards: Path, tmp_path: Pa
     assert result == {
         "checkpoint": str(tmp_path / "run"), "backbone": "resnet18", "step": 2, "network": "teacher",
         "resize": 37, "crop": 32,
-        "mean": list(MEAN), "std": list(STD), "train": 40, "val": 40, "classes": 2,
+        "mean": list(MEAN), "std": list(STD), "train": 40, "val": 40, "classes": 2, "protocol": "cached",
         "epochs": 10, "batch": 16, "seed": 5,
     }  # fmt: skip
     assert [score["lr"] for score in sweep] == [0.001, 0.03, 1]
