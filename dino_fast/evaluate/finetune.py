@@ -237,7 +237,7 @@ _EPILOG = (
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command's flags."""
     parser = EvaluationParser("finetune", _DESCRIPTION, _EPILOG)
-    add_output_flag(parser, True, "folder for the classifiers, and for the state after each epoch")
+    add_output_flag(parser, True, "folder for the classifiers, and for the state after epochs")
     parser.add_argument(
         "--recipe", choices=tuple(RECIPES),
         help="resnet or vit (default: resnet for a backbone with batch norms, vit for others)",

@@ -216,7 +216,9 @@ def build_parser() -> argparse.ArgumentParser:
         "--retrieval", type=Path, action="append", default=[], metavar="FILE",
         help="a ground truth, as dino-fast retrieval takes it; may be given several times",
     )  # fmt: skip
-    parser.add_argument("--copies", type=Path, metavar="DIR", help="a folder of originals and copies, as dino-fast copies takes it")
+    parser.add_argument(
+        "--copies", type=Path, metavar="DIR", help="a folder of originals and copies, as dino-fast copies takes it"
+    )
     parser.add_argument("--whiten", metavar="DIR", help="images that the whitening of copies is learned on")
     parser.add_argument(
         "--gpus", type=parse_whole_number(1), default=1, metavar="N",

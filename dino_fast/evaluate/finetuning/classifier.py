@@ -4,6 +4,7 @@ import contextlib
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -109,6 +110,8 @@ class Training:
     def train_epoch(self, epoch: int, loader: LabeledCropLoader) -> float:
         """Train through an epoch, counted from 0. Returns the mean loss; not finite where the training diverged."""
         count = self._plan.steps_per_epoch
+        # Models of timm may draw numbers of their own: dropout, drop path.
+        torch.manual_seed(int(np.random.default_rng([self._plan.seed, epoch, self._ranks.rank]).integers(2**62)))
         self.classifier.train()
         total = torch.zeros((), device=self._ranks.device)
         with show_progress_once(f"lr = {self._lr:g}, epoch {epoch + 1}", self._ranks) as report:

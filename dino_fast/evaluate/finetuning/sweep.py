@@ -1,11 +1,12 @@
 """Fine-tuning at several learning rates, one after another, each from the same weights; and what came of each.
 
-The state is saved after each epoch. A learning rate that is finished leaves its classifier in the output folder, and is
-not trained again.
+The state is saved after an epoch, unless it was saved less than a minute ago. A learning rate that is finished leaves
+its classifier in the output folder, and is not trained again.
 """
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from pipelines.labeled_crops import LabeledCropLoader
 from shards.errors import UserError
 from shards.storage.atomic_write import convert_write_errors, make_temporary_path
 
+_SAVE_SECONDS = 60  # between saves, but for epochs with a validation: an epoch of a small set takes less than a save
 VALIDATIONS = 20  # of a training, at most, besides the last one: small sets have many short epochs
 
 
@@ -100,7 +102,7 @@ def _train(
     """Train at one learning rate through the epochs that are not in `history` yet."""
     plan = task.plan
     every = -(-plan.epochs // VALIDATIONS)
-    hits, diverged = None, False
+    hits, diverged, saved = None, False, time.monotonic()
     for epoch in range(len(history), plan.epochs):
         loss = training.train_epoch(epoch, task.loader)
         diverged = not math.isfinite(loss)
@@ -111,7 +113,9 @@ def _train(
             print(_format_row(lr, history[-1], plan.epochs), flush=True)
         if last:
             break
-        progress.save(len(finished) * plan.epochs + epoch + 1, _to_plain(finished, training, history))
+        if hits is not None or time.monotonic() - saved > _SAVE_SECONDS:
+            progress.save(len(finished) * plan.epochs + epoch + 1, _to_plain(finished, training, history))
+            saved = time.monotonic()
     assert hits is not None
     return _score(lr, hits, diverged, history)
 

@@ -16,6 +16,7 @@ from dino_fast.evaluate.finetuning.classifier import Classifier, Plan, Training,
 from dino_fast.evaluate.finetuning.recipe import VIT
 from dino_fast.evaluate.trained_backbone import load_backbone
 from dino_fast.model.backbones import build_backbone
+from dino_fast.step.precision import Precision
 from pipelines.labeled import CenterCrop, load_labeled_batches
 from pipelines.labeled_crops import LabeledCropLoader, LabeledCrops
 from pipelines.order import SampleOrder
@@ -40,17 +41,20 @@ class TwoLayers(nn.Module):
         return self.second(self.first(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)).relu())
 
 
-def test_a_training_is_adamw_with_layer_decay_on_smoothed_labels(labeled_shards: Path):
+def train_two_layers(shards: Path, ranks: Ranks, precision: Precision) -> tuple[Training, list[float], list]:
+    """Return the training of four epochs of three steps, the loss of each epoch, and the batches."""
     recipe = replace(VIT, mixup=0.0, cutmix=0.0, rand_augment=0.0, warmup_epochs=1)
-    plan = Plan(recipe, 0.5, epochs=4, steps_per_epoch=3, batch=12, seed=2, precision="fp32")
-    with ShardIndex(labeled_shards) as index:
-        loader = LabeledCropLoader(
-            index, "shards", SampleOrder(40, 12, 2), LabeledCrops(32, interpolation=recipe.interpolation), CPU,
-            torch.float32, 1,
-        )  # fmt: skip
-        training = Training(Classifier(TwoLayers(), 5, 2, seed=2), plan, 0.1, ALONE)
+    plan = Plan(recipe, 0.5, epochs=4, steps_per_epoch=3, batch=12, seed=2, precision=precision)
+    crops = LabeledCrops(32, interpolation=recipe.interpolation)
+    with ShardIndex(shards) as index:
+        loader = LabeledCropLoader(index, "shards", SampleOrder(40, 12, 2), crops, ranks.device, torch.float32, 1)
+        training = Training(Classifier(TwoLayers(), 5, 2, seed=2).to(ranks.device), plan, 0.1, ranks)
         losses = [training.train_epoch(epoch, loader) for epoch in range(4)]
-        batches = list(loader.load_batches(range(12)))
+        return training, losses, list(loader.load_batches(range(12)))
+
+
+def test_a_training_is_adamw_with_layer_decay_on_smoothed_labels(labeled_shards: Path):
+    training, losses, batches = train_two_layers(labeled_shards, ALONE, "fp32")
     network = Classifier(TwoLayers(), 5, 2, seed=2)
     scales = {"backbone.first": 0.25, "backbone.second": 0.5, "head": 1}
     groups = [
@@ -71,6 +75,18 @@ def test_a_training_is_adamw_with_layer_decay_on_smoothed_labels(labeled_shards:
     assert losses == pytest.approx([sum(expected[at : at + 3]) / 3 for at in range(0, 12, 3)], rel=1e-5)
     for name, value in network.named_parameters():
         torch.testing.assert_close(training.classifier.get_parameter(name), value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_trains_alike(labeled_shards: Path, precision: Precision):
+    _, expected, _ = train_two_layers(labeled_shards, ALONE, "fp32")
+    training, losses, _ = train_two_layers(labeled_shards, Ranks(0, 1, torch.device("cuda", 0)), precision)
+    assert losses == pytest.approx(expected, rel=1e-3 if precision == "fp32" else 0.05)
+    again = Training(Classifier(TwoLayers(), 5, 2, seed=3).cuda(), training._plan, 0.1, training._ranks)
+    again.load_state_dict(training.state_dict())
+    images = torch.randn(4, 3, 32, 32, device="cuda")
+    assert torch.equal(again.classify(images), training.classify(images))
 
 
 @pytest.fixture

@@ -308,7 +308,7 @@ def test_a_misspelled_flag_gets_a_suggestion(refused):
     assert "unknown flag --zzz. See dino-fast linear --help." in refused("--checkpoint", "x.pt", "--zzz", status=2)
 
 
-def test_failures_are_one_line(refused, train_here, labeled_shards: Path, tmp_path: Path, capsys):
+def test_failures_are_one_line(refused, train_here, labeled_shards: Path, bright_only: Path, tmp_path: Path, capsys):
     assert "nowhere.pt: No such file or directory." in refused("--checkpoint", str(tmp_path / "nowhere.pt"))
     assert "does not exist. Create it first." in refused(
         "--checkpoint", "x.pt", "--json", str(tmp_path / "no" / "score.json")
@@ -321,4 +321,5 @@ def test_failures_are_one_line(refused, train_here, labeled_shards: Path, tmp_pa
     run = ["--checkpoint", str(tmp_path / "run")]
     assert "--resize 32 is smaller" in refused(*run, "--resize", "32", "--crop", "40")
     assert "has samples without labels" in refused(*run, "--val", str(unlabeled))
+    assert "has a single class, class_1" in refused(*run, "--train", str(bright_only))
     assert "void" in refused(*run, "--val", str(tmp_path / "void"))
