@@ -224,6 +224,7 @@ def test_what_is_no_resnet_stays_as_it_is() -> None:
 # Two ranks
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one_with_the_whole_batch(tmp_path: Path) -> None:
     here, others = str(Path(__file__).resolve().parents[3]), os.environ.get("PYTHONPATH", "")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([here, others])}

@@ -101,7 +101,7 @@ def test_the_limit_of_compiling_is_said_once() -> None:
     assert not any(isinstance(h, compiled._LimitWatcher) for h in logging.getLogger(LOG).handlers)
 
 
-@pytest.mark.parametrize(("limit", "times"), [(1, 1), (8, 0)])
+@pytest.mark.parametrize(("limit", "times"), [(1, 1), pytest.param(8, 0, marks=pytest.mark.slow)])
 def test_a_run_that_passes_the_limit_says_so(
     train_here,
     tmp_path: Path,

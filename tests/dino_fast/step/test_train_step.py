@@ -137,7 +137,7 @@ def test_the_host_reads_nothing_but_whether_gradients_are_finite(precision: Prec
         assert reads.count == 2
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_step_that_is_not_finite_changes_nothing_that_lasts(precision: Precision) -> None:
     step = _scaled_to_fit(precision) if precision == "fp16" else _step(precision)
     step(*_flat(_crops(0, batch=2)), HYPER)
@@ -218,6 +218,7 @@ def test_master_weights_stay_float32_and_move(precision: Precision) -> None:
         assert torch.equal(tensor, before[name]) == (name == "head.last_layer.weight_g")
 
 
+@pytest.mark.slow  # a CPU emulates float16
 def test_an_overflowing_float16_step_moves_no_weight_and_halves_the_scale() -> None:
     step = _step("fp16")
     before = [p.detach().clone() for p in step.student.parameters()]
@@ -385,6 +386,7 @@ def _rank(rank: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_equal_one_with_their_batches_together(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "error", __file__]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
