@@ -177,6 +177,7 @@ def test_a_nan_is_no_checkpoint(refused, tmp_path: Path):
         assert all(value.isfinite().all() for value in state["model"]["student"].values())
 
 
+@pytest.mark.slow
 def test_a_state_that_does_not_fit_is_refused_even_if_changes_are_accepted(refused, train_here, tmp_path: Path, capsys):
     assert train_here(tmp_path / "run", "--max_steps", "2") == 0
     capsys.readouterr()

@@ -201,6 +201,7 @@ def test_a_run_scores_itself_shows_its_crops_and_begins_with_another(
     assert "--knn.val is missing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_milestones_are_saved_and_kept_whatever_else_is(train_here, tmp_path: Path):
     options = ("--checkpoint.every", "4 steps", "--checkpoint.keep", "1", "--checkpoint.keep_every", "1")
     assert train_here(tmp_path / "run", *options) == 0  # five steps an epoch

@@ -42,6 +42,7 @@ def test_parts_of_a_batch_have_the_draws_of_the_whole(train_here, tmp_path: Path
     assert read_losses(tmp_path / "parts") == pytest.approx(read_losses(tmp_path / "whole"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_one(run, tmp_path: Path):
     one, two = run(*VIT, "--max_steps", "3", output="one"), run(*VIT, "--max_steps", "3", output="two", ranks=2)
     for process in (one, two):

@@ -313,6 +313,7 @@ def _rank(rank: int, folder: Path, train: Path, val: Path, damaged: Path) -> Non
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_ranks_have_the_score_of_one_and_fail_together(shards: tuple[Path, Path], tmp_path: Path) -> None:
     damaged, sample = _damage_copy(shards[0], tmp_path)
     root = str(Path(__file__).parents[3])

@@ -84,6 +84,7 @@ def break_gradients(monkeypatch: pytest.MonkeyPatch, first: int, last: int) -> N
     monkeypatch.setattr(TrainStep, "_scale", broken)
 
 
+@pytest.mark.slow
 def test_many_skipped_steps_in_a_row_take_the_run_back(train_here, tmp_path: Path, monkeypatch, capsys):
     options = ("--checkpoint.every", "3 steps", "--health.max_skipped", "2")
     assert train_here(tmp_path / "other", *options) == 0  # a healthy run
