@@ -130,7 +130,8 @@ def recorder(server: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Record
 
 def done(run: subprocess.CompletedProcess[str]) -> str:
     """What a run printed that went well."""
-    assert (run.returncode, run.stderr) == (0, ""), run
+    unexpected = [line for line in run.stderr.splitlines() if not line.startswith("packing: ")]  # every ten seconds
+    assert (run.returncode, unexpected) == (0, []), run
     return run.stdout
 
 
