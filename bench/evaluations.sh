@@ -5,7 +5,7 @@
 #
 # DATA holds: imagenette/train and imagenette/val, butterflies/train and butterflies/val (labeled shards; the second has
 # a few images of each class), photos (a folder of images), views (gnd_views.json and jpg/), and copies (a folder in the
-# layout of Copydays). Cached features are kept in OUT/cache. It takes half an hour on two cores.
+# layout of Copydays). Cached features are kept in OUT/cache.
 set -eu
 trained=$1 untrained=$2 data=$3 out=$4
 mkdir -p "$out"

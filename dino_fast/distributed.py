@@ -15,7 +15,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shards.errors import UserError
+from shards.progress import Progress, show_progress
 
+Item = TypeVar("Item")
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -141,6 +143,31 @@ def choose_device(device: str, local_rank: int) -> torch.device:
     if local_rank >= count:
         raise UserError(f"rank {local_rank} of this machine has no GPU: it has {count}. Lower --nproc_per_node.")
     return torch.device("cuda", local_rank)
+
+
+def wait_for_all(ranks: Ranks) -> None:
+    """Return when every rank has come here."""
+    if ranks.world > 1:
+        dist.barrier()
+
+
+def gather_objects(mine: Item, ranks: Ranks) -> list[Item]:
+    """Return what each rank has, in the order of the ranks: on every rank, any object that can be pickled."""
+    gathered = [mine] * ranks.world
+    if ranks.world > 1:
+        dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+@contextlib.contextmanager
+def show_progress_once(task: str, ranks: Ranks) -> Iterator[Progress]:
+    """Give the block a function to report (images done, images in total) to. Only the first rank shows anything."""
+    with show_progress(task) if ranks.first else contextlib.nullcontext(_report_nothing) as report:
+        yield report
+
+
+def _report_nothing(done: int, total: int) -> None:
+    """Do what the ranks do that show nothing."""
 
 
 def wrap_in_ddp(module: Model, ranks: Ranks) -> Model | DistributedDataParallel:

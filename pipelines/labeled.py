@@ -76,7 +76,12 @@ def read_image(index: ShardIndex, number: int) -> Tensor:
     try:
         return _decode_sample(index, number)
     except BadSample as error:
-        raise UserError(f"{index.folder}: cannot read {error}. Run `make-shards check {index.folder}`") from error
+        raise explain_bad_sample(index, error) from error
+
+
+def explain_bad_sample(index: ShardIndex, error: BadSample) -> UserError:
+    """Return the error for a sample that cannot be read, which says what to do."""
+    return UserError(f"{index.folder}: cannot read {error}. Run `make-shards check {index.folder}`")
 
 
 def _decode_sample(index: ShardIndex, number: int) -> Tensor:

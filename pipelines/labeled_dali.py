@@ -15,7 +15,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from pipelines.labeled import LONGEST, CenterCrop, read_image
+from pipelines.labeled import LONGEST, CenterCrop, explain_bad_sample, read_image
 from pipelines.photometric import normalize
 from shards.errors import UserError
 from shards.index import BadSample, ShardIndex
@@ -58,7 +58,7 @@ def _make_inputs(
         try:
             return np.frombuffer(index.read([number])[0], np.uint8)
         except BadSample as error:
-            raise UserError(f"{index.folder}: cannot read {error}. Run `make-shards check {index.folder}`") from error
+            raise explain_bad_sample(index, error) from error
 
     for ids in parts:
         sizes = np.stack([index.heights[ids], index.widths[ids]], 1).astype(np.int64)

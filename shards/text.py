@@ -23,6 +23,11 @@ def shorten(text: str, columns: int) -> str:
     return f"{_cut_to_columns(text, columns - 3 - tail)}...{_cut_to_columns(text[::-1], tail)[::-1]}"
 
 
+def find_reason(error: Exception) -> str:
+    """Return the first line of an exception's text without its full stop, or else the name of its class."""
+    return (next(iter(str(error).splitlines()), "") or type(error).__name__).rstrip(".")
+
+
 def list_first(names: Sequence[str]) -> str:
     """Return the first three names, with an ellipsis where there are more."""
     return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

@@ -7,7 +7,6 @@ import argparse
 import difflib
 import json
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +24,7 @@ from pipelines.labeled import CenterCrop, choose_resize
 from shards.argument_types import Parser
 from shards.argument_types import parse_path as parse_path_or_url
 from shards.errors import UserError
+from shards.storage.atomic_write import write_text
 from shards.text import escape_unprintable
 
 PUBLISHED_CROP = 224  # pixels
@@ -134,11 +134,7 @@ class EvaluationParser(BackboneParser):
             "--resize", type=parse_pixels, metavar="PIXELS",
             help="short side of the resized images (default: crop · 256 / 224)",
         )  # fmt: skip
-        self.add_argument(
-            "--crop", type=parse_pixels, metavar="PIXELS",
-            help="side of the center crop (default: crops.global_size of the checkpoint's recipe, or else "
-            f"{PUBLISHED_CROP})",
-        )  # fmt: skip
+        add_crop_flag(self)
         self.add_argument(
             "--limit", type=parse_whole_number(1), metavar="N",
             help="use at most N images of each set, at even distances (default: all)",
@@ -160,6 +156,15 @@ def add_network_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto",
         help="where to compute; auto means the GPU if there is one (default: auto)",
+    )  # fmt: skip
+
+
+def add_crop_flag(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that `choose_crop` reads."""
+    parser.add_argument(
+        "--crop", type=parse_pixels, metavar="PIXELS",
+        help="side of the center crop (default: crops.global_size of the checkpoint's recipe, or else "
+        f"{PUBLISHED_CROP})",
     )  # fmt: skip
 
 
@@ -196,6 +201,11 @@ def load_network_from(options: argparse.Namespace) -> tuple[TrainedBackbone, dic
     }  # fmt: skip
 
 
+def choose_crop(asked: int | None, found: TrainedBackbone) -> int:
+    """Return the side of center crops: the one that is asked for, or that of the training, or the published one."""
+    return asked or (found.recipe["crops"]["global_size"] if found.recipe else PUBLISHED_CROP)
+
+
 def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, CenterCrop, dict[str, Any]]:
     """Load the backbone that the flags of an `EvaluationParser` name.
 
@@ -203,7 +213,7 @@ def load_backbone_from(options: argparse.Namespace) -> tuple[nn.Module, CenterCr
     returns, resize and crop. Raises UserError for flags that do not fit each other or the files.
     """
     found, evaluation = load_network_from(options)
-    crop = options.crop or (found.recipe["crops"]["global_size"] if found.recipe else PUBLISHED_CROP)
+    crop = choose_crop(options.crop, found)
     resize = options.resize or choose_resize(crop)
     if resize < crop:
         raise UserError(f"--resize {resize} is smaller than the crop of {crop} pixels. Raise it, or lower --crop.")
@@ -230,9 +240,7 @@ def name_network(evaluation: dict[str, Any]) -> str:
 def write_json(file: Path | None, result: dict[str, Any]) -> None:
     """Write a result to the file of --json, if there is one: whole, or not at all."""
     if file:
-        unfinished = file.with_name(f".{file.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(result, indent=1) + "\n")
-        unfinished.replace(file)
+        write_text(file, json.dumps(result, indent=1) + "\n")
 
 
 def check_json_file(file: Path | None) -> None:

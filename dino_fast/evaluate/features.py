@@ -12,17 +12,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_fast.distributed import Ranks
+from dino_fast.distributed import Ranks, show_progress_once, wait_for_all
 from dino_fast.evaluate.feature_file import CHUNK, FeatureFile
 from dino_fast.evaluate.token_features import TokenFeatures
 from pipelines.labeled import CenterCrop, load_labeled_batches
 from pipelines.loader import count_default_threads
 from shards.errors import UserError
 from shards.index import ShardIndex
-from shards.progress import show_progress
 
 BATCH_SIZE = 64  # images that go through the backbone at once; CHUNK is a multiple of it
 
@@ -89,8 +87,13 @@ def compute_features(network: nn.Module, train: ShardIndex, val: ShardIndex, how
 
 def choose_samples(index: ShardIndex, limit: int | None) -> Numbers:
     """Return the numbers of at most `limit` samples, at even distances, sorted."""
-    count = min(len(index), limit or len(index))
-    return np.arange(count) * len(index) // max(1, count)
+    return spread_evenly(len(index), limit)
+
+
+def spread_evenly(count: int, limit: int | None) -> Numbers:
+    """Return at most `limit` numbers of range(count), at even distances, sorted; all of them where it is None."""
+    kept = min(count, limit or count)
+    return np.arange(kept) * count // max(1, kept)
 
 
 def match_classes(train: ShardIndex, val: ShardIndex) -> Numbers:
@@ -170,12 +173,11 @@ def _compute_rows(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield batches of features of the samples `ids[rows]`, each with the row of its first. Progress is shown."""
     done, ranks = 0, how.ranks
-    with show_progress(f"features of {index.folder}") as report:
+    with show_progress_once(f"features of {index.folder}", ranks) as report:
         for images in _load_images(index, ids[rows], how):
             yield int(rows[done]), _compute(network, images, how)
             done += len(images)
-            if ranks.first:
-                report(min(done * ranks.world, len(ids)), min(len(rows) * ranks.world, len(ids)))
+            report(min(done * ranks.world, len(ids)), min(len(rows) * ranks.world, len(ids)))
 
 
 def _load_images(index: ShardIndex, ids: Numbers, how: Extraction) -> Iterator[Tensor]:
@@ -194,12 +196,6 @@ def _compute(network: nn.Module, images: Tensor, how: Extraction) -> Tensor:
     with torch.autocast(device.type, torch.float16, enabled=how.half):
         features: Tensor = network(images.to(device, non_blocking=True))
     return features.float()
-
-
-def wait_for_all(ranks: Ranks) -> None:
-    """Return when every rank has come here."""
-    if ranks.world > 1:
-        dist.barrier()
 
 
 def move_if_it_fits(features: Tensor, device: torch.device) -> Tensor:

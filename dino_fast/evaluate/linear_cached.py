@@ -9,10 +9,10 @@ from dataclasses import replace
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from rich.progress import track
 from torch import Tensor, nn
 
+from dino_fast.distributed import gather_objects
 from dino_fast.evaluate.features import (
     Extraction,
     Features,
@@ -70,11 +70,8 @@ def evaluate_linear(
     for features in (found.train, found.val):
         refuse_non_finite(features)
     lrs = protocol.lrs[ranks.rank :: ranks.world]
-    shares: list[list[LinearScore]] = [_train_and_score(found, replace(protocol, lrs=lrs), ranks.device) if lrs else []]
-    if ranks.world > 1:
-        shares *= ranks.world
-        dist.all_gather_object(shares, shares[ranks.rank])
-    scores = {score.lr: score for score in chain.from_iterable(shares)}
+    share = _train_and_score(found, replace(protocol, lrs=lrs), ranks.device) if lrs else []
+    scores = {score.lr: score for score in chain.from_iterable(gather_objects(share, ranks))}
     return [scores[lr] for lr in protocol.lrs]
 
 

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_fast.distributed import Ranks
+from dino_fast.distributed import Ranks, show_progress_once
 from dino_fast.evaluate.features import (
     Extraction,
     choose_samples,
@@ -41,7 +41,7 @@ from dino_fast.evaluate.linear_heads import (
     pick_best,
     take_sgd_step,
 )
-from dino_fast.evaluate.resumable import Progress, show_progress_once
+from dino_fast.evaluate.resumable import Progress
 from pipelines.labeled_crops import LabeledCropLoader, LabeledCrops
 from pipelines.loader import count_default_threads
 from pipelines.order import WholeOrder

@@ -17,16 +17,16 @@ from torch import Tensor
 
 from dino_fast.distributed import join_ranks
 from dino_fast.evaluate.arguments import (
-    PUBLISHED_CROP,
     BackboneParser,
     add_cache_flag,
+    add_crop_flag,
+    choose_crop,
     load_network_from,
     name_network,
-    parse_pixels,
     parse_whole_number,
     write_json,
 )
-from dino_fast.evaluate.features import Extraction, extract_features
+from dino_fast.evaluate.features import Extraction, extract_features, spread_evenly
 from dino_fast.evaluate.nearest import find_nearest
 from dino_fast.evaluate.search.describer import Described, Describer
 from dino_fast.evaluate.search.descriptor_flags import print_unreadable
@@ -37,13 +37,13 @@ from dino_fast.evaluate.search.images import (
     UnreadableImage,
     open_images,
     read_image_file,
-    spread_evenly,
 )
 from dino_fast.evaluate.search.neighbor_sheet import MOST_NEIGHBORS, MOST_ROWS, SheetCell, save_neighbor_sheet
 from dino_fast.model.trial import check_size
 from pipelines.labeled import CenterCrop, choose_resize, resize_and_crop
 from shards.argument_types import parse_path, parse_png_path
 from shards.errors import UserError
+from shards.storage.atomic_write import write_text
 from shards.text import format_count
 
 K = 10
@@ -101,9 +101,7 @@ def write_csv(path: Path, neighbors: Sequence[Neighbors], names: Sequence[str]) 
     for found in neighbors:
         for rank, (number, cosine) in enumerate(zip(found.numbers, found.cosines, strict=True), 1):
             writer.writerow((found.query, rank, names[number], f"{cosine:.6f}"))
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    unfinished.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape")
-    unfinished.replace(path)
+    write_text(path, text.getvalue())
 
 
 # The command
@@ -117,10 +115,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("missing flags: one of --output, --csv, --json")
     _check_files(options)
     found, evaluation = load_network_from(options)
-    crop = options.crop or (found.recipe["crops"]["global_size"] if found.recipe else PUBLISHED_CROP)
+    crop = choose_crop(options.crop, found)
     check_size(found.name, crop, "--crop")
     images = open_images(options.images, "--images")
-    chosen = spread_evenly(len(images.names), options.limit)
+    chosen = spread_evenly(len(images.names), options.limit).tolist()
     with join_ranks(options.device) as ranks:
         describer = Describer(found.network, found.normalization, ranks, found.name, options.cache)
         database = _describe_images(describer, images, chosen, crop, options.limit)
@@ -162,7 +160,7 @@ def _describe_images(
     """Return the features of the images with the numbers `chosen`. Those of shards are the ones that k-NN keeps."""
     if isinstance(images, ShardImages) and describer.cache:
         center = CenterCrop(choose_resize(crop), crop, describer.normalization)
-        how = Extraction(describer.backbone, center, describer.ranks, describer.cache, limit)
+        how = Extraction(describer.backbone, center, describer.ranks, describer.cache)
         features = extract_features(describer.network, images.index, np.array(chosen, np.int64), how)
         return Described(features, list(range(len(chosen))))
     about = {"images": images.compute_fingerprint(), "limit": limit, "prepared": f"center crop of {crop}"}
@@ -266,11 +264,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="write a contact sheet: a row for each query, with its nearest images from left to right",
     )  # fmt: skip
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a line for each neighbor, with its cosine")
-    parser.add_argument(
-        "--crop", type=parse_pixels, metavar="PIXELS",
-        help="side of the center crop (default: crops.global_size of the checkpoint's recipe, or else "
-        f"{PUBLISHED_CROP})",
-    )  # fmt: skip
+    add_crop_flag(parser)
     parser.add_argument(
         "--seed", type=parse_whole_number(0), default=0, metavar="N",
         help="seed of --random (default: %(default)s)",

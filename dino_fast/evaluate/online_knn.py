@@ -16,7 +16,7 @@ import torch.distributed as dist
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
-from dino_fast.distributed import Ranks
+from dino_fast.distributed import Ranks, gather_objects
 from dino_fast.durations import Duration
 from dino_fast.evaluate.features import BATCH_SIZE
 from dino_fast.evaluate.knn import score_weighted_knn
@@ -142,11 +142,7 @@ class OnlineKnn:
 
     def _raise_on_all_ranks(self, problem: str | None) -> None:
         """Raise UserError on every rank if one rank has a problem."""
-        problems = [problem]
-        if self._ranks.world > 1:
-            problems *= self._ranks.world
-            dist.all_gather_object(problems, problem)
-        for found in filter(None, problems):
+        for found in filter(None, gather_objects(problem, self._ranks)):
             raise UserError(found)
 
     def _gather(self, share: Tensor, count: int) -> Tensor:

@@ -5,7 +5,7 @@ number counts epochs.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from dino_fast.evaluate.features import hash_weights
 from shards.errors import UserError
 from shards.index import ShardIndex
 from shards.layout import MANIFEST_FILE
-from shards.progress import show_progress
 from shards.storage.lock import lock_folder
 
 
@@ -108,10 +107,3 @@ def describe_files(network: nn.Module, train: ShardIndex, val: ShardIndex) -> di
     """Return what tells the content of --checkpoint, --train and --val, wherever they lie."""
     files = {"checkpoint": f"weights {hash_weights(network.state_dict())[:12]}"}
     return files | {name: f"images {index.fingerprint[:12]}" for name, index in (("train", train), ("val", val))}
-
-
-@contextlib.contextmanager
-def show_progress_once(task: str, ranks: Ranks) -> Iterator[Callable[[int, int], None]]:
-    """Give the block a function to report (images done, images in total) to. Only the first rank shows anything."""
-    with show_progress(task) if ranks.first else contextlib.nullcontext(lambda done, total: None) as report:
-        yield report

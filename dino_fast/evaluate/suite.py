@@ -21,6 +21,7 @@ from dino_fast.evaluate.score_table import ScoreRow, format_table, list_rows
 from shards.argument_types import parse_path as parse_path_or_url
 from shards.errors import UserError
 from shards.index import ShardIndex
+from shards.storage.atomic_write import write_text
 from shards.text import escape_unprintable
 
 
@@ -156,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     title = f"{options.suite} suite of {options.backbone if options.pretrained else options.run.name}"
     table = format_table(title, rows)
     write_json(options.output / "scores.json", {"title": title, "scores": [asdict(row) for row in rows]})
-    (options.output / "scores.md").write_text(table)
+    write_text(options.output / "scores.md", table)
     print(f"\n{table}\nscores.md, scores.json and the result of each evaluation are in {options.output}")
     return int(any(row.note.startswith("failed") for row in rows))
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from shards.errors import UserError
+from shards.text import find_reason
 
 PREFIX = "timm/"
 
@@ -54,9 +55,9 @@ def load_timm_model(name: str) -> tuple[nn.Module, Levels, Levels]:
     try:
         network = _create_model(name, pretrained=True)
     except Exception as error:  # the hub, the network and the cache each have exceptions of their own
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = find_reason(error)
         raise UserError(
-            f"--backbone {name}: its weights could not be downloaded ({reason.rstrip('.')}). Download them where "
+            f"--backbone {name}: its weights could not be downloaded ({reason}). Download them where "
             "there is a network, or pass --checkpoint FILE."
         ) from error
     about: Any = network.pretrained_cfg

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dino_fast.model.backbones import build_backbone
 from shards.errors import UserError
+from shards.text import find_reason
 
 _IMAGES = 2  # of a batch: batch norm needs two values
 
@@ -65,9 +66,9 @@ def _explain(name: str, side: int, flag: str) -> Iterator[None]:
     except UserError:  # there is no such backbone
         raise
     except Exception as error:  # a model says by an assertion, or by torch's words for shapes, what it cannot take
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = find_reason(error)
         raise UserError(
-            f"{flag} {side}: backbone {name} cannot train on images of this size ({reason.rstrip('.')}). Give a size "
+            f"{flag} {side}: backbone {name} cannot train on images of this size ({reason}). Give a size "
             "that it takes, or another model: convolutional ones such as timm/convnext_atto take any size, and "
             "timm/vit_tiny_patch16_224 takes multiples of 16."
         ) from error

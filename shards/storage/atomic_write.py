@@ -33,6 +33,13 @@ def make_temporary_path(folder: Path, name: str) -> Iterator[Path]:
             temporary.unlink()
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a file of text completely or not at all. Raises UserError where that fails."""
+    with convert_write_errors(str(path)), make_temporary_path(path.parent, path.name) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+        temporary.replace(path)
+
+
 def remove_temporary_files(folder: Path) -> None:
     """Remove the temporary files that killed processes left in `folder`."""
     for leftover in folder.glob("*.tmp"):

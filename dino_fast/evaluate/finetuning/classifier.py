@@ -9,11 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dino_fast.distributed import Ranks, wrap_in_ddp
+from dino_fast.distributed import Ranks, show_progress_once, wrap_in_ddp
 from dino_fast.evaluate.finetuning.layer_groups import make_parameter_groups
 from dino_fast.evaluate.finetuning.mixing import compute_mixed_loss, draw_mix, mix_images
 from dino_fast.evaluate.finetuning.recipe import FinetuneRecipe, scale_rate
-from dino_fast.evaluate.resumable import show_progress_once
 from dino_fast.model.drop_path import draw_branch_scales
 from dino_fast.model.sync_batchnorm import convert_sync_batchnorm
 from dino_fast.model.vit import VisionTransformer

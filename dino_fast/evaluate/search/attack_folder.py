@@ -6,10 +6,11 @@ import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
+from dino_fast.evaluate.features import spread_evenly
 from dino_fast.evaluate.search.attacks import ATTACKS, make_copy
 from dino_fast.evaluate.search.copydays import ORIGINAL, STRONG
 from dino_fast.evaluate.search.describer import load_ahead
-from dino_fast.evaluate.search.images import Images, UnreadableImage, open_images, spread_evenly
+from dino_fast.evaluate.search.images import Images, UnreadableImage, open_images
 from shards.errors import UserError, suggest_fix
 from shards.progress import show_progress
 
@@ -42,7 +43,7 @@ def make_attacks(source: str, out: Path, seed: int, limit: int | None) -> Attack
     images = open_images(source, "--make-attacks")
     unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
-        made = _write_folder(images, unfinished, seed, spread_evenly(len(images.names), limit))
+        made = _write_folder(images, unfinished, seed, spread_evenly(len(images.names), limit).tolist())
         if not made.originals:
             raise UserError(f"--make-attacks {source}: no image can be read. The first is {made.unreadable[0]}")
         unfinished.rename(out)

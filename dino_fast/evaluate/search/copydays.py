@@ -14,8 +14,9 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
+from dino_fast.evaluate.features import spread_evenly
 from dino_fast.evaluate.nearest import find_nearest
-from dino_fast.evaluate.search.images import list_image_files, spread_evenly
+from dino_fast.evaluate.search.images import list_image_files
 from dino_fast.evaluate.search.ranking import compute_average_precision
 from shards.errors import UserError
 
@@ -87,7 +88,7 @@ def limit_copies(copies: CopySet, limit: int | None) -> CopySet:
     """Keep at most `limit` originals, at even distances, and their copies."""
     if limit is None:
         return copies
-    kept = {number: place for place, number in enumerate(spread_evenly(len(copies.originals), limit))}
+    kept = {number: place for place, number in enumerate(spread_evenly(len(copies.originals), limit).tolist())}
     blocks = {}
     for name, block in copies.blocks.items():
         pairs = [(file, kept[n]) for file, n in zip(block.files, block.originals, strict=True) if n in kept]

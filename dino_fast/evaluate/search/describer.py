@@ -5,25 +5,24 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 
-from dino_fast.distributed import Ranks
+from dino_fast.distributed import Ranks, gather_objects, show_progress_once, wait_for_all
 from dino_fast.evaluate.feature_file import CHUNK, FeatureFile
-from dino_fast.evaluate.features import hash_key, hash_weights, wait_for_all
+from dino_fast.evaluate.features import hash_key, hash_weights
 from dino_fast.evaluate.search.images import UnreadableImage
 from pipelines.loader import count_default_threads
 from pipelines.photometric import Normalization, normalize
 from shards.errors import UserError
-from shards.progress import show_progress
+from shards.text import find_reason
 
 _PIXELS = 64 * 224 * 224  # of the images that go through the network at once
 _AHEAD = 64  # images that are decoded ahead
@@ -66,6 +65,11 @@ class Describer:
     cache: Path | None = None
     """folder with a subfolder for each set of descriptors; None: they are not kept"""
 
+    @cached_property
+    def _weights(self) -> str:
+        """The hash of the network's weights, for all sets that are described."""
+        return hash_weights(self.network.state_dict())
+
     def describe(
         self, load: Load, count: int, what: str, about: About | None = None, *, skip_unreadable: bool = False
     ) -> Described:
@@ -76,7 +80,8 @@ class Describer:
         the network together. Raises UserError for an image that cannot be read, unless such images are skipped, and
         where none can be read.
         """
-        with show_progress(f"descriptors of {what}") as report:
+        self.network.to(self.ranks.device).to(memory_format=torch.channels_last).eval()
+        with show_progress_once(f"descriptors of {what}", self.ranks) as report:
             if self.cache is None or about is None:
                 found = self._describe_rows(load, range(count), skip_unreadable, lambda done: report(done, count))
             else:
@@ -124,7 +129,7 @@ class Describer:
         """Return the folder of these descriptors in the cache. Its name tells them apart from all others."""
         assert self.cache is not None
         key = {
-            **about, "backbone": self.backbone, "weights": hash_weights(self.network.state_dict()),
+            **about, "backbone": self.backbone, "weights": self._weights,
             "descriptors": str(self.network), "normalization": str(self.normalization),
             "device": self.ranks.device.type,
         }  # fmt: skip
@@ -132,11 +137,8 @@ class Describer:
 
     def _describe_rows(self, load: Load, rows: Sequence[int], skip: bool, report: Callable[[int], None]) -> Described:
         """Compute the descriptors of the images with these numbers. The ranks share them."""
-        shares = [self._describe_share(load, rows[self.ranks.rank :: self.ranks.world], skip, report)]
-        if self.ranks.world > 1:
-            shares *= self.ranks.world
-            dist.all_gather_object(shares, shares[0])
-        return join_shares(shares)
+        share = self._describe_share(load, rows[self.ranks.rank :: self.ranks.world], skip, report)
+        return join_shares(gather_objects(share, self.ranks))
 
     @torch.inference_mode()
     def _describe_share(
@@ -150,14 +152,12 @@ class Describer:
         for batch in group_by_size(_sort_out(loaded, unreadable, skip)):
             numbers += [number for number, _ in batch]
             parts.append(self._run(np.stack([np.asarray(image) for _, image in batch])))
-            if self.ranks.first:
-                report((len(numbers) + len(unreadable)) * self.ranks.world)
+            report((len(numbers) + len(unreadable)) * self.ranks.world)
         return Described(torch.cat(parts[1:] or parts), numbers, unreadable)
 
     @torch.inference_mode()
     def _run(self, levels: npt.NDArray[np.uint8]) -> Tensor:
         """Return the descriptors [N, D] of images [N, H, W, 3], on the CPU."""
-        self.network.to(self.ranks.device).to(memory_format=torch.channels_last).eval()
         images = torch.from_numpy(levels)
         out = torch.empty(len(images), 3, *images.shape[1:3]).contiguous(memory_format=torch.channels_last)
         normalize(images, out, self.normalization)
@@ -186,9 +186,9 @@ def run_network(network: nn.Module, images: Tensor) -> Tensor:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         height, width = images.shape[2:]
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = find_reason(error)
         raise UserError(
-            f"the backbone cannot take an image of {width} x {height} pixels ({reason.rstrip('.')}). Pass another "
+            f"the backbone cannot take an image of {width} x {height} pixels ({reason}). Pass another "
             "size, or another backbone."
         ) from error
     if not features.isfinite().all():

@@ -15,9 +15,10 @@ from dino_fast.evaluate.arguments import (
     parse_positive_number,
     parse_whole_number,
 )
+from dino_fast.evaluate.features import spread_evenly
 from dino_fast.evaluate.search.describer import Describer
 from dino_fast.evaluate.search.descriptors import Descriptor
-from dino_fast.evaluate.search.images import Images, spread_evenly
+from dino_fast.evaluate.search.images import Images
 from dino_fast.evaluate.search.whitening import Whitening, learn_whitening
 from dino_fast.model.trial import check_size
 from shards.argument_types import parse_path
@@ -83,7 +84,7 @@ def describe_others(images: Images, prepare: Prepare, prepared: str, describer: 
 
     `prepared` says in words what `prepare` does. Images that cannot be read are skipped, and named in a line.
     """
-    numbers = spread_evenly(len(images.names), limit)
+    numbers = spread_evenly(len(images.names), limit).tolist()
     found = describer.describe(
         lambda n: prepare(images.read(numbers[n])),
         len(numbers),

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dino_fast.evaluate.search.images import spread_evenly
+from dino_fast.evaluate.features import spread_evenly
 from dino_fast.evaluate.search.plain_pickle import NotPlainError, PickledArray, read_plain_pickle
 from dino_fast.evaluate.search.ranking import Choice, Ids
 from shards.errors import UserError

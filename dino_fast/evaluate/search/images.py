@@ -170,9 +170,3 @@ def _read_bytes(path: Path) -> bytes:
 def decode_image(data: bytes) -> Image.Image:
     """Decode an image to 8-bit RGB, without EXIF rotation. Raises DecodeError."""
     return Image.fromarray(decode(data).permute(1, 2, 0).numpy())
-
-
-def spread_evenly(count: int, limit: int | None) -> list[int]:
-    """Return at most `limit` numbers of range(count), at even distances; all of them where the limit is None."""
-    kept = min(count, limit or count)
-    return [place * count // kept for place in range(kept)]
