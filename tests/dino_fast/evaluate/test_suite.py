@@ -103,7 +103,7 @@ def test_published_figures_are_of_backbones_that_exist() -> None:
 
 
 @pytest.mark.slow  # two processes of torch
-def test_two_processes_share_each_evaluation(run: Path, labeled_shards: Path, capfd) -> None:
+def test_two_processes_share_each_evaluation(run: Path, labeled_shards: Path) -> None:
     data = ["--train", str(labeled_shards), "--val", str(labeled_shards), "--device", "cpu", "--limit", "20"]
     assert dino_fast(["evaluate", str(run), *data, "--gpus", "2", "--output", str(run / "two")]) == 0
     assert dino_fast(["evaluate", str(run), *data, "--output", str(run / "one")]) == 0
